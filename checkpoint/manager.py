@@ -63,7 +63,7 @@ class CheckpointManager:
         Args:
             members: the ranks that save and load together; equal on all members but for `rank`.
             make_join: called at the first save; returns the communicator over CPU tensors whose
-                members hold columns of the same weights, or None.
+                members hold columns of the same weights; None where no two do.
         """
         self.members = members
         self._settings = settings

@@ -1,4 +1,7 @@
-"""The joining of weights that tensor parallelism splits along columns into whole rows."""
+"""The joining of weights that are split along columns into whole rows.
+
+Tensor parallelism splits them between ranks; one rank may have several parts.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,19 @@ def join_pieces(
     pieces: Sequence[PlannedPiece],
     rank: int,
     source: Callable[[str, Box], Tensor],
-    comm: Communicator,
+    comm: Communicator | None,
     snapshot: Snapshot,
 ) -> dict[tuple[str, int], int]:
     """Send this rank's parts to their writers, and write the pieces that this rank joins.
 
-    Collective over `comm`. Members have the pieces that they share in one order: the first piece
-    that is not joined is under way at all of its ranks, so no two wait for each other. A member
-    that cannot write goes on sending.
+    Collective over `comm`, if there is one. Members have the pieces that they share in one order:
+    the first piece that is not joined is under way at all of its ranks, so no two wait for each
+    other. A member that cannot write goes on sending.
 
     Args:
         pieces: the pieces that this rank writes or sends, in the order of the plan.
         source: (tensor, box) -> this rank's live values of that box.
-        comm: all ranks, over CPU tensors.
+        comm: all ranks, over CPU tensors; None: each has all columns of what it writes.
         snapshot: writes the joined pieces; its files are open.
     Returns:
         CRC-32C of each joined piece written here, by (file, offset).
@@ -74,7 +77,7 @@ def _exchange(
     piece: PlannedPiece,
     rank: int,
     source: Callable[[str, Box], Tensor],
-    comm: Communicator,
+    comm: Communicator | None,
     messages: Counter[tuple[int, int]],
 ) -> _Exchange:
     """Post one piece's messages: (handles, the piece's memory on its writer, its parts there).
@@ -85,6 +88,7 @@ def _exchange(
     boxes = [part.box for part in piece.sources if part.holders == (rank,)]
     parts = [(box, source(piece.name, box).cpu()) for box in boxes]
     if piece.writer != rank:
+        assert comm is not None
         way = rank, piece.writer
         return (
             [comm.send(_raw(part), piece.writer, _next(messages, way)) for _, part in parts],
@@ -96,6 +100,7 @@ def _exchange(
     for part in piece.sources:
         [holder] = part.holders
         if holder != rank:
+            assert comm is not None
             incoming = torch.empty(part.box.shape, dtype=dtype)
             parts.append((part.box, incoming))
             handles.append(comm.receive(_raw(incoming), holder, _next(messages, (holder, rank))))

@@ -54,7 +54,8 @@ class SaveResources:
     engine: _native.FileEngine
     arena: Arena
     join: Communicator | None
-    """The tensor-parallel group over CPU tensors, for weights split along columns."""
+    """All ranks over CPU tensors, for weights whose columns several of them have; None: no weight
+    is split so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,12 +294,11 @@ class Save:
                 str(folder / name), write=True, create=True, size=sizes.get(name, -1)
             )
         self.snapshot.use(self._handles)
-        if self._resources.join is not None:
-            coordination.enter("join")
-            pieces = job.plan.pieces_of(self.rank)
-            self._joined = join_pieces(
-                pieces, self.rank, job.source, self._resources.join, self.snapshot
-            )
+        coordination.enter("join")
+        pieces = job.plan.pieces_of(self.rank)
+        self._joined = join_pieces(
+            pieces, self.rank, job.source, self._resources.join, self.snapshot
+        )
 
     def _take(self, identity: str) -> None:
         """Work in the folder of the attempt with this random name."""

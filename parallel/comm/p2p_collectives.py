@@ -169,8 +169,10 @@ class PairwiseCommunicator:
             target = self._ranks[(self._index + distance) % self.size]
             incoming = outputs[(self._index - distance) % self.size]
             leaving = inputs[(self._index + distance) % self.size]
-            handles.append(self._message(incoming, source, tag, operation, is_send=False))
-            handles.append(self._message(leaving, target, tag, operation, is_send=True))
+            if incoming.numel():
+                handles.append(self._message(incoming, source, tag, operation, is_send=False))
+            if leaving.numel():
+                handles.append(self._message(leaving, target, tag, operation, is_send=True))
         return Handles(handles)
 
     def _next_tag(self) -> int:

@@ -137,6 +137,8 @@ class Communicator(Protocol):
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
         """Set `outputs[m]` to member m's `inputs[self.index]`; sizes may differ. Collective.
 
+        Between members that have nothing for each other there is no message.
+
         Expert parallelism sends tokens to their experts this way, and context parallelism
         exchanges sequence parts for heads.
         """

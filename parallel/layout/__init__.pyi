@@ -15,9 +15,12 @@ from .mesh import (
     Mesh as Mesh,
 )
 from .parameters import (
+    HeldRow as HeldRow,
     Initial as Initial,
     LayerSpec as LayerSpec,
     ParameterSpec as ParameterSpec,
+    contributing_parts as contributing_parts,
+    held_rows as held_rows,
 )
 from .slices import (
     Slices as Slices,

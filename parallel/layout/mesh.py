@@ -78,6 +78,9 @@ class Mesh:
     axes: tuple[Axis, ...]
     sizes: tuple[int, ...]
     """The degrees in the order of `axes`."""
+    tensor_shards: int = 1
+    """The parts of each layer along the tensor axis, of which each rank holds as many as the
+    others; 1: one for each rank."""
 
     @staticmethod
     def of(**sizes: int) -> Mesh:
@@ -101,7 +104,10 @@ class Mesh:
     @property
     def stage_replica_text(self) -> str:
         """The axes that divide a stage replica, for people: e.g. "tensor 2 x context 4"."""
-        return " x ".join(f"{axis} {self[axis]}" for axis in self.axes_inside)
+        shards = f" ({self.tensor_shards} shards)" if self.tensor_shards > 1 else ""
+        return " x ".join(
+            f"{axis} {self[axis]}{shards if axis == 'tensor' else ''}" for axis in self.axes_inside
+        )
 
     def shard_text(self, shard_index: int) -> str:
         """A shard's coordinates in its stage replica, for people: e.g. "tensor 1, context 0"."""
@@ -156,23 +162,37 @@ class Mesh:
     @cached_property
     def parts(self) -> int:
         """The number of parts that a stage's parameters are split into; other shards are copies."""
-        return prod(size for axis, size in self._inside() if axis.splits_parameters)
+        return prod(parts for _, _, parts in self._splitting())
 
-    def part_of(self, shard_index: int) -> int:
-        """The part of the parameters that a shard holds. Its other holders are copies of it."""
-        here, part, step = self.along(shard_index), 0, 1
-        for axis, size in self._inside():
-            if axis.splits_parameters:
-                part += step * here[axis.name]
-                step *= size
-        return part
+    @cached_property
+    def copies(self) -> int:
+        """The number of ranks of a stage replica that hold the same parts of the parameters."""
+        return self.shards // prod(size for _, size, _ in self._splitting())
+
+    @cached_property
+    def _parts_of_shards(self) -> tuple[tuple[int, ...], ...]:
+        found = []
+        for shard in range(self.shards):
+            here, own, step = self.along(shard), [0], 1
+            for axis, size, parts in self._splitting():
+                each = parts // size
+                steps = [step * (here[axis.name] * each + number) for number in range(each)]
+                own = [before + further for further in steps for before in own]
+                step *= parts
+            found.append(tuple(own))
+        return tuple(found)
+
+    def parts_of(self, shard_index: int) -> tuple[int, ...]:
+        """The parts of the parameters that a shard holds. Their other holders are copies of it."""
+        return self._parts_of_shards[shard_index]
 
     @cached_property
     def shards_of_part(self) -> tuple[tuple[int, ...], ...]:
         """The shards that hold each part of the parameters, ascending."""
         found: list[list[int]] = [[] for _ in range(self.parts)]
-        for shard in range(self.shards):
-            found[self.part_of(shard)].append(shard)
+        for shard, parts in enumerate(self._parts_of_shards):
+            for part in parts:
+                found[part].append(shard)
         return tuple(map(tuple, found))
 
     @cached_property
@@ -209,6 +229,14 @@ class Mesh:
         """The ranks of all stages with a rank's coordinates within its stage."""
         at = self.coordinates(rank)
         return tuple(self.rank(at.shard, at.data, stage) for stage in range(self.pipeline))
+
+    def _splitting(self) -> list[tuple[Axis, int, int]]:
+        """The axes that split parameters, their degrees, and the parts along them."""
+        return [
+            (axis, size, max(size, self.tensor_shards) if axis.name == "tensor" else size)
+            for axis, size in self._inside()
+            if axis.splits_parameters
+        ]
 
     def _inside(self) -> list[tuple[Axis, int]]:
         """The axes of a stage replica and their degrees."""

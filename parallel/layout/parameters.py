@@ -7,9 +7,10 @@ parameter is in its row here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from holdfast.parallel.layout.boxes import Box
 
@@ -65,6 +66,17 @@ class ParameterSpec:
         return self.tied_use == 0 and part == self.copies[0]
 
 
+class HeldRow(NamedTuple):
+    """A row of the parameter tables that a rank holds."""
+
+    layer: int
+    part: int
+    """The part of the parameters that it is of; the rank's first one that has these elements."""
+    index: int
+    """The position in the table of the layer and part."""
+    spec: ParameterSpec
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer of the model as the plan sees it: its parameters and costs.
@@ -89,4 +101,31 @@ class LayerSpec:
     forward_only: bool = False
     """Whether the backward pass does not use the values of the layer's parameters."""
     vocab_chunk: int = 0
-    """The head: the vocabulary entries whose logits are in memory at once; 0: all of them."""
+    """The head: the vocabulary entries of a part whose logits are in memory at once; 0: all."""
+
+
+def contributing_parts(row: HeldRow, parts: Sequence[int]) -> tuple[int, ...]:
+    """The parts of a rank that give a row a gradient each: its own, or all that share it. Pure.
+
+    Args:
+        parts: the rank's.
+    """
+    summed = row.spec.summed
+    return tuple(part for part in parts if part in summed) if summed else (row.part,)
+
+
+def held_rows(layer: LayerSpec, number: int, parts: Sequence[int]) -> list[HeldRow]:
+    """The rows of a layer that a rank with some parts holds, by part. Pure.
+
+    A row that several of its parts have is there once.
+
+    Args:
+        number: the layer's index.
+        parts: ascending.
+    """
+    return [
+        HeldRow(number, part, index, spec)
+        for place, part in enumerate(parts)
+        for index, spec in enumerate(layer.parameters[part])
+        if len(spec.copies) == 1 or set(spec.copies).isdisjoint(parts[:place])
+    ]

@@ -36,7 +36,7 @@ class GradientSource(Protocol):
 
 
 Skipped = Mapping[nn.Parameter, frozenset[int]]
-"""By parameter: the slices of a micro-batch that its sums include already."""
+"""By parameter: the gradients of a micro-batch that its sums include already, by number."""
 Share = Callable[[int, nn.Parameter, Tensor], None]
 """Takes a slice's gradient of a parameter, which is not changed any more: the slices of a
 micro-batch one after another."""
@@ -89,9 +89,8 @@ class GradientAccumulator:
         self._micro_batch = -1
         """The micro-batch whose gradients are being added."""
         self._skipped: Skipped = {}
-        self.included: dict[nn.Parameter, set[int]] = {}
-        """The units whose gradients have been added since `clear`: slice q of micro-batch m is
-        m times the number of slices + q."""
+        self.included: dict[nn.Parameter, set[tuple[int, int]]] = {}
+        """The gradients that have been added since `clear`: (micro-batch, number in it)."""
         self._left: dict[nn.Parameter, int] = {}
         """The number of gradients that a parameter is still offered in this step."""
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
@@ -127,7 +126,7 @@ class GradientAccumulator:
         return self.kept.of(self.sums, start, stop)
 
     def begin_gradients(self, micro_batch: int, skipped: Skipped) -> None:
-        """Before a micro-batch's gradients; those of `skipped` slices are not added again."""
+        """Before a micro-batch's gradients; those `skipped` are not added again."""
         self._micro_batch, self._skipped = micro_batch, skipped
 
     def clear(self) -> None:
@@ -176,12 +175,11 @@ class GradientAccumulator:
             self._left.pop(parameter, None)
         self._complete([p for p in parameters if p not in self._shared])
 
-    def _takes(self, parameter: nn.Parameter, part: int) -> bool:
-        """Note the offer of a slice's gradient. Returns whether it is to be added."""
-        if part in self._skipped.get(parameter, ()):
+    def _takes(self, parameter: nn.Parameter, unit: int) -> bool:
+        """Note the offer of a gradient. Returns whether it is to be added."""
+        if unit in self._skipped.get(parameter, ()):
             return False
-        unit = self._micro_batch * self.slices.count + part
-        self.included.setdefault(parameter, set()).add(unit)
+        self.included.setdefault(parameter, set()).add((self._micro_batch, unit))
         return True
 
     def _offered(self, parameter: nn.Parameter) -> None:
@@ -192,9 +190,9 @@ class GradientAccumulator:
         elif left == 0:
             self._end([parameter])
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor, part: int = 0) -> None:
-        """Add a whole local parameter's gradient (of its shape, any float dtype) of a slice."""
-        if self._takes(parameter, part):
+    def add(self, parameter: nn.Parameter, gradient: Tensor, unit: int = 0) -> None:
+        """Add a whole local parameter's gradient (of its shape, any float dtype)."""
+        if self._takes(parameter, unit):
             self._add(parameter, gradient)
         self._offered(parameter)
 
@@ -215,15 +213,15 @@ class GradientAccumulator:
         return first
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, part: int = 0
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, unit: int = 0
     ) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype.
 
         Args:
             grad_output: blocks of its columns, from the first to the last.
-            part: the slice whose tokens these are.
+            unit: the number of the gradient in its micro-batch.
         """
-        if self._takes(parameter, part):
+        if self._takes(parameter, unit):
             self._add_matmul(parameter, grad_output, value)
         self._offered(parameter)
 
@@ -255,10 +253,10 @@ class GradientAccumulator:
             self._add_exact(parameter, whole)
 
     def add_rows(
-        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, part: int = 0
+        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, unit: int = 0
     ) -> None:
-        """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]; of a slice."""
-        if self._takes(parameter, part):
+        """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
+        if self._takes(parameter, unit):
             self._add_rows(parameter, rows, gradient)
         self._offered(parameter)
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import ParameterSpec
+from holdfast.parallel.layout import HeldRow, ParameterSpec
 
 ALIGNMENT_ELEMENTS = 64
 """Local parameters start at multiples of this: 64 bytes or more for every dtype in use."""
@@ -100,14 +100,19 @@ class KeptSpans:
 class Segment:
     """The position of one segment of a local parameter in the flat buffer."""
 
-    layer: int
-    spec_index: int
-    """The row in its layer's parameter table."""
-    spec: ParameterSpec
+    row: HeldRow
     offset: int
     """The first element in the flat buffer."""
     parameter: nn.Parameter = field(compare=False, repr=False)
     """The local parameter with this segment."""
+
+    @property
+    def layer(self) -> int:
+        return self.row.layer
+
+    @property
+    def spec(self) -> ParameterSpec:
+        return self.row.spec
 
 
 class ParameterBuffer:
@@ -119,7 +124,7 @@ class ParameterBuffer:
 
     def __init__(
         self,
-        rows: Sequence[tuple[int, ParameterSpec, nn.Parameter]],
+        rows: Sequence[tuple[HeldRow, nn.Parameter]],
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -128,27 +133,25 @@ class ParameterBuffer:
         """Move the parameters into the tensor, or lay out a part of them.
 
         Args:
-            rows: (layer index, table row, the local parameter with it), in layer then table order.
+            rows: the rows of the rank and their local parameters; those of a layer by part, in the
+                order of the tables.
             dtype, device: the type and device of the buffer if the rank holds no parameter.
             keep: returns what is kept of the segments; the parameters then lie elsewhere, and
                 `values` is zero. None: all is kept, and the modules work on views of it.
         """
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0
-        for _, _, parameter in rows:
+        for _, parameter in rows:
             if parameter not in self._place:
                 self._place[parameter] = (end, end + parameter.numel())
                 padded = -(-parameter.numel() // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
                 end += padded
         if rows and keep is None:
-            dtype, device = rows[0][2].dtype, rows[0][2].device
-        spec_index: dict[int, int] = {}
+            dtype, device = rows[0][1].dtype, rows[0][1].device
         segments = []
-        for layer, spec, parameter in rows:
-            index = spec_index.get(layer, 0)
-            spec_index[layer] = index + 1
-            offset = self._place[parameter][0] + spec.local_row * spec.row_elements
-            segments.append(Segment(layer, index, spec, offset, parameter))
+        for row, parameter in rows:
+            offset = self._place[parameter][0] + row.spec.local_row * row.spec.row_elements
+            segments.append(Segment(row, offset, parameter))
         self.segments: tuple[Segment, ...] = tuple(segments)
         self.whole = KeptSpans([Span(0, end)] if end else [])
         """All elements, padding included."""

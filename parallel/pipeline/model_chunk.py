@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import ParameterSpec, Slices
+from holdfast.parallel.layout import HeldRow, Slices
 from holdfast.parallel.pipeline.batch import Batch
 
 
@@ -30,14 +30,18 @@ class MicroBatchContext:
 
 
 class GradientSink(Protocol):
-    """The place where micro-batch gradients are summed, each slice's by itself."""
+    """The place where micro-batch gradients are summed, each slice's by itself.
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor, part: int = 0) -> None:
-        """Add a gradient of the whole local parameter, from the slice `part`."""
+    A gradient has a number in its micro-batch: that of its slice. Of a parameter that gets several
+    of each slice, p, the one at place k of slice q has q times p + k.
+    """
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor, unit: int = 0) -> None:
+        """Add a gradient of the whole local parameter, with the number `unit`."""
         ...
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, part: int = 0
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, unit: int = 0
     ) -> None:
         """Add grad_output[tokens, out].T @ value[tokens, in].
 
@@ -47,7 +51,7 @@ class GradientSink(Protocol):
         ...
 
     def add_rows(
-        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, part: int = 0
+        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, unit: int = 0
     ) -> None:
         """Add gradient[k, ...] to the distinct rows int64[k]."""
         ...
@@ -61,8 +65,8 @@ class WeightGradientRecord(NamedTuple):
     """float[tokens, out], as blocks of columns."""
     value: Tensor
     """float[tokens, in]"""
-    part: int
-    """The slice whose tokens these are."""
+    unit: int
+    """The number of the gradient in its micro-batch."""
 
 
 @dataclass(slots=True)
@@ -88,14 +92,14 @@ class WeightGradientQueue:
 
     def __init__(self) -> None:
         self._destination = _Destination()
-        self._part = 0
+        self._unit = 0
 
-    def of(self, part: int) -> WeightGradientQueue:
-        """The same queue, for the gradients of the slice `part`."""
-        if part == self._part:
+    def of(self, unit: int) -> WeightGradientQueue:
+        """The same queue, for gradients with the number `unit` in their micro-batch."""
+        if unit == self._unit:
             return self
         queue = WeightGradientQueue()
-        queue._destination, queue._part = self._destination, part
+        queue._destination, queue._unit = self._destination, unit
         return queue
 
     @property
@@ -127,7 +131,7 @@ class WeightGradientQueue:
 
         A sink that does not need the gradient does not iterate over the blocks.
         """
-        record = WeightGradientRecord(parameter, grad_output, value.detach(), self._part)
+        record = WeightGradientRecord(parameter, grad_output, value.detach(), self._unit)
         kept = self._destination.kept
         if kept is None:
             self.run((record,))
@@ -136,11 +140,11 @@ class WeightGradientQueue:
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a gradient of the whole local parameter, at once. There is a sink."""
-        self._sink.add(parameter, gradient, self._part)
+        self._sink.add(parameter, gradient, self._unit)
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add gradient[k, ...] to the distinct rows int64[k], at once. There is a sink."""
-        self._sink.add_rows(parameter, rows, gradient, self._part)
+        self._sink.add_rows(parameter, rows, gradient, self._unit)
 
     def run(self, records: Sequence[WeightGradientRecord]) -> None:
         """Compute and add the gradients of `records`, in order."""
@@ -166,8 +170,8 @@ class Chunk(nn.Module):
         super().__init__()
         self.queue = WeightGradientQueue()
 
-    def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
-        """(layer index, table row, parameter) of each parameter, in layer then table order."""
+    def rows(self) -> list[tuple[HeldRow, nn.Parameter]]:
+        """The rows of the chunk, by layer and part in the order of the tables; the parameters."""
         raise NotImplementedError
 
     def modules_by_layer(self) -> list[tuple[int, nn.Module]]:

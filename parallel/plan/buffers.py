@@ -43,14 +43,14 @@ def buffer_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool, se
     Args:
         sent: the elements of sums that the rank sends to owners in a step; it receives as many.
     """
-    index = plan.part_of(rank)
     layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
-    sizes = [sum(spec.elements for spec in plan.layers[x].parameters[index]) for x in layers]
+    sizes = [sum(row.spec.elements for row in plan.rows_of(rank, layer)) for layer in layers]
     largest = max(sizes, default=0) * precision.bytes
     found = 0
     if sent:
         sums = 8 if exact else precision.state.bytes
-        longest = max((block.elements for block in plan.blocks[index]), default=0) * sums
+        held = (block.elements for part in plan.parts_of(rank) for block in plan.blocks[part])
+        longest = max(held, default=0) * sums
         found += int(min(STAGED_BYTES, sent * PACKED_BYTES)) * exact  # floats leave from the sums
         found += int(min(max(RECEIVED_BYTES, MESSAGES_AHEAD * longest), sent * sums)) + longest
     if shards(plan, "gradients"):
@@ -59,17 +59,17 @@ def buffer_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool, se
         arriving = max(MESSAGES_AHEAD, size) * ceil(largest / size) if size > 1 else 0
         found += largest + staged + staged // size + arriving
     elif exact:
-        found += _largest_parameter(plan, index, layers) * precision.bytes
+        found += _largest_parameter(plan, rank, layers) * precision.bytes
     if shards(plan, "parameters"):
         size = len(shard_group(plan, rank, "parameters").ranks)
         found += largest + (LAYERS_AHEAD + 1) * (largest - largest // size)
     return found
 
 
-def _largest_parameter(plan: Plan, index: int, layers: list[int]) -> int:
+def _largest_parameter(plan: Plan, rank: int, layers: list[int]) -> int:
     """The elements of the largest local parameter."""
-    sizes: Counter[tuple[int, str]] = Counter()
+    sizes: Counter[tuple[int, int, str]] = Counter()
     for layer in layers:
-        for spec in plan.layers[layer].parameters[index]:
-            sizes[layer, spec.local] += spec.elements
+        for _, part, _, spec in plan.rows_of(rank, layer):
+            sizes[layer, part, spec.local] += spec.elements
     return max(sizes.values(), default=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.plan.buffers import PACKED_BYTES, buffer_bytes
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
@@ -115,8 +114,8 @@ def exchanged_bytes(
     place = plan.stage_replicas.find(rank)
     if place is None:
         return ExchangedBytes(0.0, 0.0)
-    part, held = plan.part_of(rank), held_elements(plan, rank)
-    holders = len(plan.ranks_of((part,), place.pipeline))
+    held = held_elements(plan, rank)
+    holders = len(plan.ranks_of(plan.parts_of(rank)[:1], place.pipeline))
     sums = PACKED_BYTES if exact and packing else _gradient_bytes(precision, exact)
     sizes = {kept: len(shard_group(plan, rank, kept).ranks) for kept in KEPT_KINDS}
 
@@ -134,7 +133,7 @@ def exchanged_bytes(
         between("gradients") * sums,
         between("parameters") * precision.bytes,
         within("gradients", held * passes) * precision.bytes,
-        within("parameters", sum(layer_elements(plan.layers[layer], part) for layer in used))
+        within("parameters", sum(layer_elements(plan, rank, layer) for layer in used))
         * precision.bytes,
     )
 
@@ -198,9 +197,8 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
 
 def held_elements(plan: Plan, rank: int) -> int:
     """The number of parameters that a rank holds, in all of its chunks."""
-    part = plan.part_of(rank)
     return sum(
-        layer_elements(plan.layers[layer], part)
+        layer_elements(plan, rank, layer)
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
@@ -210,12 +208,11 @@ def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
     """The number of parameters that a rank keeps, or whose sums it keeps, at all uses. Pure."""
     if not shards(plan, kept):
         return held_elements(plan, rank)
-    part = plan.part_of(rank)
     return sum(
         block.elements
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
-        for row in range(len(plan.layers[layer].parameters[part]))
+        for _, part, row, _ in plan.rows_of(rank, layer)
         for block in plan.blocks_of(layer, part, row)
         if rank in keepers(plan, block, kept, layer)
     )
@@ -247,6 +244,6 @@ def rank_memory(
     )
 
 
-def layer_elements(layer: LayerSpec, part: int) -> int:
-    """The number of parameters of a layer in one part."""
-    return sum(spec.elements for spec in layer.parameters[part])
+def layer_elements(plan: Plan, rank: int, layer: int) -> int:
+    """The number of parameters of a layer that a rank holds."""
+    return sum(row.spec.elements for row in plan.rows_of(rank, layer))

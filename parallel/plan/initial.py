@@ -100,14 +100,13 @@ def on_shards(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
     Args:
         layers: the layers with what the ranks that hold the same part of the parameters share.
     """
-    sharing = mesh.shards // mesh.parts
-    if sharing == 1:
+    if mesh.copies == 1:
         return tuple(layers)
     return tuple(
         replace(
             layer,
-            activation_bytes=layer.activation_bytes // sharing,
-            output_bytes=layer.output_bytes // sharing,
+            activation_bytes=layer.activation_bytes // mesh.copies,
+            output_bytes=layer.output_bytes // mesh.copies,
         )
         for layer in layers
     )

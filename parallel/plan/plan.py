@@ -12,7 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from holdfast.parallel.layout import Box, LayerSpec, Mesh, ParameterSpec, StageReplicas
+from holdfast.parallel.layout import (
+    Box,
+    HeldRow,
+    LayerSpec,
+    Mesh,
+    ParameterSpec,
+    StageReplicas,
+    held_rows,
+)
 from holdfast.parallel.plan.ownership import Block, BlockKey, blocks, spread_owners
 
 _T = TypeVar("_T")
@@ -250,16 +258,21 @@ class Plan:
         """The model chunk that has a layer."""
         return bisect_right(self.chunk_layers, (layer, len(self.layers))) - 1
 
-    def part_of(self, rank: int) -> int:
-        """The part of the parameters that a rank holds; 0 for a spare, which holds none."""
-        return self.configured_mesh.part_of(self.stage_replicas.shard_index(rank))
+    def parts_of(self, rank: int) -> tuple[int, ...]:
+        """The parts of the parameters that a rank holds; those of shard 0 for a spare, which holds
+        none."""
+        return self.configured_mesh.parts_of(self.stage_replicas.shard_index(rank))
+
+    def rows_of(self, rank: int, layer: int) -> list[HeldRow]:
+        """The rows of a layer's tables that a rank holds, by part."""
+        return held_rows(self.layers[layer], layer, self.parts_of(rank))
 
     def ranks_of(self, parts: tuple[int, ...], stage: int) -> tuple[int, ...]:
         """The ranks of a stage that hold one of some parts of its parameters, by replica."""
 
         def find() -> tuple[int, ...]:
             of_part = self.configured_mesh.shards_of_part
-            shards = sorted(shard for part in parts for shard in of_part[part])
+            shards = sorted({shard for part in parts for shard in of_part[part]})
             return tuple(
                 ranks[shard] for ranks in self.stage_replicas.stages[stage] for shard in shards
             )

@@ -71,7 +71,7 @@ def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
     place = plan.stage_replicas.find(rank)
     if place is None:
         return ShardGroup((rank,))
-    groups = shard_groups(plan, plan.part_of(rank), place.pipeline, kept)
+    groups = shard_groups(plan, plan.parts_of(rank)[0], place.pipeline, kept)
     return groups[_positions(plan, kept)[rank][0]]
 
 
@@ -98,11 +98,13 @@ def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) 
     stage = plan.stage_of_layer(block.layer if layer is None else layer)
     owner = plan.owner(block.key)
     position = _positions(plan, kept)[owner][1]
-    return tuple(
-        group.keeper(owner, position)
-        for part in plan.spec_of(block).copies
-        for group in shard_groups(plan, part, stage, kept)
-    )
+    first, *further = plan.spec_of(block).copies
+    groups = shard_groups(plan, first, stage, kept)
+    if further:  # a rank may have several of the parts
+        groups = dict.fromkeys(
+            group for part in (first, *further) for group in shard_groups(plan, part, stage, kept)
+        )
+    return tuple(group.keeper(owner, position) for group in groups)
 
 
 def all_keepers(plan: Plan, block: Block, kept: KeptKind) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: operators, linear layers and vocabulary.
+"""Tensor parallelism: the split of layers into parts, their sums, linear layers and vocabulary.
 
 May import parallel.comm and parallel.pipeline.
 """

@@ -4,12 +4,12 @@ Forward, each token's largest logit and sum of exponentials are kept up to date 
 (Milakov and Gimelshein 2018). Backward, the logits of each chunk are computed again (Wijmans et al.
 2024). Its rows of the weight's gradient are a product over all tokens, so the weight has one
 gradient of a micro-batch. Its part of the input's gradient is added in the order of the chunks.
-Exact-mode safe within one tensor-parallel size and one size of chunks.
+Exact-mode safe within one size of chunks, as `TensorParallel` is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.parallel.pipeline import WeightGradientQueue
-from holdfast.parallel.tensor_parallel.linear import gather_rows, sum_scatter_rows
-from holdfast.parallel.tensor_parallel.operators import TensorParallel
+from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.parallel.tensor_parallel.sums import tree_sum
 
 
 def chunked_cross_entropy_sum(
     value: Tensor,
-    weight: nn.Parameter,
+    weights: Sequence[nn.Parameter],
     queue: WeightGradientQueue,
     targets: Tensor,
-    first_row: int,
+    first_rows: Sequence[int],
     tp: TensorParallel,
     chunk: int,
     ignored: Tensor | None = None,
@@ -39,28 +39,29 @@ def chunked_cross_entropy_sum(
 
     Args:
         value: float[seq (/ T), batch, hidden].
-        weight: float[rows, hidden], this rank's part of the vocabulary, from `first_row` on.
+        weights: of each own part of the vocabulary, float[rows, hidden].
         targets: int64[seq, batch] in the whole vocabulary.
-        chunk: the rows of `weight` whose logits are in memory at once.
+        first_rows: the row of the vocabulary with which each part begins.
+        chunk: the rows of a part whose logits are in memory at once.
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
     Returns:
         float64 scalar, equal on all ranks of the group. Collective over the group of `tp`.
     """
     return _ChunkedLoss.apply(  # pyrefly: ignore[bad-return]
-        value, weight, queue, targets, first_row, tp, chunk, ignored
+        value, queue, targets, first_rows, tp, chunk, ignored, *weights
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Logits:
-    """A rank's part of the logits, computed by chunks."""
+    """A part of the logits, computed by chunks."""
 
     hidden: Tensor
     """float[tokens, hidden]"""
     weight: Tensor
     """float[rows, hidden], without a graph."""
     targets: Tensor
-    """int64[tokens], counted from this rank's first row: outside it for targets of other ranks."""
+    """int64[tokens], counted from the part's first row: outside it for targets of other parts."""
     chunk: int
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -80,7 +81,7 @@ class _Logits:
 
 @dataclass(frozen=True, slots=True)
 class _LogitGradient:
-    """The gradient of a rank's logits as blocks of columns, computed again by each iteration."""
+    """The gradient of a part's logits as blocks of columns, computed again by each iteration."""
 
     logits: _Logits
     largest: Tensor
@@ -102,10 +103,10 @@ class _LogitGradient:
         return (block for _, block in self.blocks())
 
 
-def _statistics(logits: _Logits, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(logits: _Logits) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token the largest logit, the sum of exponentials below it, and the target's logit.
 
-    Float[tokens, 1] each, the target's less the largest; over the whole vocabulary. Collective.
+    Float[tokens, 1] each, over one part of the vocabulary; the target's is 0 in other parts.
     """
     largest = total = target = torch.empty(0)
     for rows, wide in logits.chunks():
@@ -121,15 +122,27 @@ def _statistics(logits: _Logits, tp: TensorParallel) -> tuple[Tensor, Tensor, Te
         total.add_(wide.sub_(highest).exp_().sum(-1, keepdim=True))
         largest = highest
         target.add_(found)
-    rows = slice(0, logits.weight.shape[0])
-    if tp.group is None:
+    return largest, total, target
+
+
+def _joint_statistics(
+    parts: Sequence[_Logits], tp: TensorParallel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_statistics`, over the whole vocabulary; the target's less the largest. Collective."""
+    found = [_statistics(logits) for logits in parts]
+    if tp.parts == 1:
+        ((largest, total, target),) = found
         return largest, total, target.sub_(largest)
-    highest = largest.clone()
-    tp.group.all_reduce(highest, "max").wait()
-    total.mul_(largest.sub_(highest).exp_())
-    target = target.sub_(highest).masked_fill_(logits.targets_in(rows)[1], 0.0)
-    both = torch.stack([total, target])
-    tp.group.all_reduce(both).wait()
+    highest = found[0][0].clone()
+    for largest, _, _ in found[1:]:
+        highest = torch.maximum(highest, largest)
+    highest = tp.largest(highest)
+    sums = []
+    for logits, (largest, total, target) in zip(parts, found, strict=True):
+        total.mul_(largest.sub_(highest).exp_())
+        outside = logits.targets_in(slice(0, logits.weight.shape[0]))[1]
+        sums.append(torch.stack([total, target.sub_(highest).masked_fill_(outside, 0.0)]))
+    both = tp.sum_everywhere(tree_sum(sums))
     return highest, both[0], both[1]
 
 
@@ -138,60 +151,77 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         value: Tensor,
-        weight: Tensor,
         queue: WeightGradientQueue,
         targets: Tensor,
-        first_row: int,
+        first_rows: Sequence[int],
         tp: TensorParallel,
         chunk: int,
         ignored: Tensor | None,
+        *weights: Tensor,
     ) -> Tensor:
-        local = targets.reshape(-1) - first_row
-        logits = _Logits(_whole(value, tp), weight.detach(), local, chunk)
-        largest, total, target = _statistics(logits, tp)
+        locals_ = [targets.reshape(-1) - first for first in first_rows]
+        hidden = _tokens(tp.whole(value))
+        parts = [
+            _Logits(hidden, weight.detach(), local, chunk)
+            for weight, local in zip(weights, locals_, strict=True)
+        ]
+        largest, total, target = _joint_statistics(parts, tp)
         losses = total.log() - target
         if ignored is not None:
             ignored = ignored.reshape(-1, 1)
             losses.masked_fill_(ignored, 0.0)
-        ctx.save_for_backward(value, weight, local, largest, total, ignored)
-        ctx.queue, ctx.parameter, ctx.tp, ctx.chunk = queue, weight, tp, chunk
+        ctx.save_for_backward(value, largest, total, ignored, *weights, *locals_)
+        ctx.queue, ctx.parameters, ctx.tp, ctx.chunk = queue, weights, tp, chunk
         return losses.double().sum()
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        value, weight, local, largest, total, ignored = ctx.saved_tensors
-        hidden, tp = _whole(value.detach(), ctx.tp), ctx.tp
-        logits = _Logits(hidden, weight.detach(), local, ctx.chunk)
+        value, largest, total, ignored, *rest = ctx.saved_tensors
+        weights, locals_ = rest[: len(ctx.parameters)], rest[len(ctx.parameters) :]
+        tp, hidden = ctx.tp, _tokens(ctx.tp.whole(value.detach()))
         scale = grad_output.to(total.dtype)
         if ignored is not None:
             scale = torch.where(ignored, 0.0, scale)
-        gradient = _LogitGradient(logits, largest, total, scale)
-        summed = torch.zeros(hidden.shape, dtype=total.dtype, device=hidden.device)
-        blocks = _adding_input_gradient(gradient, summed)
-        grad_weight = None
-        if not ctx.needs_input_grad[1]:
-            pass
-        elif not ctx.queue.has_sink:
-            grad_weight = torch.cat([block.t() @ hidden for block in blocks])
-        elif not ctx.queue.defers:
-            ctx.queue.put(ctx.parameter, blocks, hidden)
-        for _ in blocks:  # those that the weight's gradient has not taken
-            pass
-        if ctx.needs_input_grad[1] and ctx.queue.defers:
-            ctx.queue.put(ctx.parameter, gradient, hidden)
-        grad_value = summed.to(value.dtype).view(-1, *value.shape[1:])
-        if tp.group is not None and tp.sequence_parallel:
-            grad_value = sum_scatter_rows(grad_value, tp.group)
-        elif tp.group is not None:
-            tp.group.all_reduce(grad_value).wait()
-        return grad_value, grad_weight, None, None, None, None, None, None
+        partials, gradients = [], []
+        needed = ctx.needs_input_grad[7:]
+        for parameter, is_needed, weight, local in zip(
+            ctx.parameters, needed, weights, locals_, strict=True
+        ):
+            logits = _Logits(hidden, weight.detach(), local, ctx.chunk)
+            gradient = _LogitGradient(logits, largest, total, scale)
+            put = ctx.queue if is_needed else None
+            partial, found = _part_gradients(gradient, parameter, put)
+            partials.append(partial.to(value.dtype).view(-1, *value.shape[1:]))
+            gradients.append(found)
+        return tp.sum(partials), None, None, None, None, None, None, *gradients
 
 
-def _whole(value: Tensor, tp: TensorParallel) -> Tensor:
-    """Every token's hidden state: float[tokens, hidden]. Collective with sequence parallelism."""
-    if tp.group is not None and tp.sequence_parallel:
-        value = gather_rows(value, tp.group)
+def _part_gradients(
+    gradient: _LogitGradient, parameter: nn.Parameter, queue: WeightGradientQueue | None
+) -> tuple[Tensor, Tensor | None]:
+    """One part's share of the input's gradient, and the weight's where the queue has no sink.
+
+    Args:
+        queue: takes the weight's gradient; None: it is not needed.
+    """
+    hidden = gradient.logits.hidden
+    summed = torch.zeros(hidden.shape, dtype=gradient.total.dtype, device=hidden.device)
+    blocks = _adding_input_gradient(gradient, summed)
+    found = None
+    if queue is not None and not queue.has_sink:
+        found = torch.cat([block.t() @ hidden for block in blocks])
+    elif queue is not None and not queue.defers:
+        queue.put(parameter, blocks, hidden)
+    for _ in blocks:  # those that the weight's gradient has not taken
+        pass
+    if queue is not None and queue.has_sink and queue.defers:
+        queue.put(parameter, gradient, hidden)
+    return summed, found
+
+
+def _tokens(value: Tensor) -> Tensor:
+    """Every token's hidden state: float[tokens, hidden]."""
     return value.reshape(-1, value.shape[-1])
 
 

@@ -2,24 +2,75 @@
 
 The backward pass of each layer computes only the input's gradient, and hands the weight's to the
 chunk's `WeightGradientQueue`, exactly once. Exact-mode safe: the matrix products are the same in
-every schedule.
+every schedule, and those of a part of a layer are the same whatever ranks have the parts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.parallel.comm import Communicator
 from holdfast.parallel.pipeline import WeightGradientQueue
+from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.parallel.tensor_parallel.sums import sum_in_order
 
 
-def linear(value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
-    """value @ weight.T; value: float[..., in], weight: float[out, in] -> float[..., out]. Local."""
-    return _Linear.apply(value, weight, queue)  # pyrefly: ignore[bad-return]
+class Weight(NamedTuple):
+    """A weight, and the queue of its gradients."""
+
+    parameter: nn.Parameter
+    queue: WeightGradientQueue
+
+
+def of_parts(parameters: Iterable[nn.Parameter], queue: WeightGradientQueue) -> list[Weight]:
+    """The weights of own parts that have their gradients in one queue."""
+    return [Weight(parameter, queue) for parameter in parameters]
+
+
+def column_linear(
+    value: Tensor, weights: Sequence[Sequence[Weight]], tp: TensorParallel
+) -> list[Tensor]:
+    """A layer with split output features; every rank then has the whole sequence.
+
+    With sequence parallelism it gathers the sequence, forward and again backward, so that only the
+    shard is kept (Korthikanti et al. 2022, section 4.2.2). Collective over the group of `tp`.
+
+    Args:
+        value: a hidden state, float[..., in].
+        weights: of each own part, the weights whose output features follow one another, float[out,
+            in] each.
+    Returns:
+        Of each own part, float[..., out].
+    """
+    return list(_ColumnLinear.apply(value, tp, weights, *_parameters(weights)))
+
+
+def row_linear(values: Sequence[Tensor], weights: Sequence[Weight], tp: TensorParallel) -> Tensor:
+    """A layer with split input features; the parts' partial outputs are summed.
+
+    Collective over the group of `tp`.
+
+    Args:
+        values: of each own part, for the whole sequence, float[..., in].
+        weights: of each own part, float[out, in].
+    Returns:
+        A hidden state, float[..., out].
+    """
+    count = len(weights)
+    return _RowLinear.apply(  # pyrefly: ignore[bad-return]
+        tp, [weight.queue for weight in weights], count, *values, *_parameters([weights])
+    )
+
+
+def sum_partials(partial: Tensor, tp: TensorParallel) -> Tensor:
+    """The sum of the ranks' partial hidden states. Collective over the group of `tp`."""
+    if tp.group is None:
+        return partial
+    return _SumPartials.apply(partial, tp)  # pyrefly: ignore[bad-return]
 
 
 def in_slice(weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
@@ -28,6 +79,161 @@ def in_slice(weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
     Autograd alone would add the gradients of all slices as floats first. Without a sink it does.
     """
     return _InSlice.apply(weight, queue)  # pyrefly: ignore[bad-return]
+
+
+def _parameters(weights: Sequence[Sequence[Weight]]) -> list[nn.Parameter]:
+    return [weight.parameter for of_part in weights for weight in of_part]
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.reshape(-1, value.shape[-1])
+
+
+def _weight_gradient(
+    is_needed: bool, weight: Weight, grad_output: Tensor, value: Tensor
+) -> Tensor | None:
+    """Hand on the gradient of a weight, or return it where there is no sink."""
+    if not is_needed:
+        return None
+    if not weight.queue.has_sink:
+        return _matrix(grad_output).t() @ _matrix(value)
+    weight.queue.put(weight.parameter, (_matrix(grad_output),), _matrix(value))
+    return None
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        tp: TensorParallel,
+        weights: Sequence[Sequence[Weight]],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(value, *parameters)
+        ctx.tp, ctx.weights = tp, weights
+        found = [
+            (rows.start, [_fused(strip, part) for part in weights])
+            for rows, strip in tp.arriving(value).strips()
+        ]
+        return _in_order(found)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        value, *parameters = ctx.saved_tensors
+        tp, left, needed = ctx.tp, list(parameters), ctx.needs_input_grad[3:]
+        arriving = tp.arriving(value) if any(needed) else None
+        held = [[left.pop(0) for _ in part] for part in ctx.weights]
+        finish = None
+        if ctx.needs_input_grad[0]:
+            gradients = list(zip(grad_outputs, held, strict=True))
+
+            def partial(rows: slice) -> list[Tensor]:
+                return [_input_gradient(gradient[rows], part) for gradient, part in gradients]
+
+            finish = tp.leaving(partial, grad_outputs[0].shape[0])
+        found: list[Tensor | None] = [None] * len(needed)
+        if arriving is not None:
+            whole = arriving.whole()
+            flat = [
+                pair
+                for part, weights, gradient in zip(ctx.weights, held, grad_outputs, strict=True)
+                for pair in zip(part, _cut(gradient, weights), strict=True)
+            ]
+            found = [
+                _weight_gradient(is_needed, weight, gradient, whole)
+                for is_needed, (weight, gradient) in zip(needed, flat, strict=True)
+            ]
+        return finish() if finish is not None else None, None, None, *found
+
+
+def _fused(value: Tensor, part: Sequence[Weight]) -> Tensor:
+    """The products with weights whose output features follow one another."""
+    products = [F.linear(value, weight.parameter) for weight in part]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def _cut(gradient: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient of each weight's output features."""
+    if len(weights) == 1:
+        return (gradient,)
+    return gradient.split([weight.shape[0] for weight in weights], -1)
+
+
+def _input_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """One part's share of the input's gradient."""
+    return sum_in_order(
+        [cut @ weight for cut, weight in zip(_cut(gradient, weights), weights, strict=True)]
+    )
+
+
+def _in_order(found: Sequence[tuple[int, Sequence[Tensor]]]) -> tuple[Tensor, ...]:
+    """Of each part, its strips one after another.
+
+    Args:
+        found: the first row of each strip, and its tensor of each part.
+    """
+    if len(found) == 1:
+        return tuple(found[0][1])
+    ordered = [parts for _, parts in sorted(found, key=lambda strip: strip[0])]
+    return tuple(torch.cat(list(strips)) for strips in zip(*ordered, strict=True))
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tp: TensorParallel,
+        queues: Sequence[WeightGradientQueue],
+        count: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.tp, ctx.queues, ctx.parameters = tp, queues, tensors[count:]
+        pairs = list(zip(tensors[:count], tensors[count:], strict=True))
+
+        def partial(rows: slice) -> list[Tensor]:
+            return [F.linear(value[rows], weight) for value, weight in pairs]
+
+        return tp.leaving(partial, tensors[0].shape[0])()
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.queues)
+        tensors = ctx.saved_tensors
+        values, held = tensors[:count], tensors[count:]
+        needed = ctx.needs_input_grad[3:]
+        arriving = ctx.tp.arriving(grad_output)
+        grad_values: Sequence[Tensor | None] = [None] * count
+        if any(needed[:count]):
+            grad_values = _in_order(
+                [
+                    (rows.start, [strip @ weight for weight in held])
+                    for rows, strip in arriving.strips()
+                ]
+            )
+        whole = arriving.whole()
+        gradients = [
+            _weight_gradient(is_needed, Weight(parameter, queue), whole, value)
+            for is_needed, parameter, queue, value in zip(
+                needed[count:], ctx.parameters, ctx.queues, values, strict=True
+            )
+        ]
+        return None, None, None, *grad_values, *gradients
+
+
+class _SumPartials(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.sum([partial.clone(memory_format=torch.contiguous_format)])
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.whole(grad_output), None
 
 
 class _InSlice(torch.autograd.Function):
@@ -43,81 +249,3 @@ class _InSlice(torch.autograd.Function):
             return gradient, None
         ctx.queue.add(ctx.parameter, gradient)
         return None, None
-
-
-def gathered_linear(
-    value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, group: Communicator
-) -> Tensor:
-    """A column-parallel linear layer on a sequence shard.
-
-    Input float[seq / T, batch, in], output float[seq, batch, out / T]. It gathers the sequence,
-    forward and again backward, so that only the shard is kept (Korthikanti et al. 2022, section
-    4.2.2). The input's gradient is reduce-scattered. Collective over `group`.
-    """
-    return _GatheredLinear.apply(value, weight, queue, group)  # pyrefly: ignore[bad-return]
-
-
-def _matrix(value: Tensor) -> Tensor:
-    return value.reshape(-1, value.shape[-1])
-
-
-def _weight_gradient(
-    ctx: Any, weight: Tensor, queue: WeightGradientQueue, grad_output: Tensor, value: Tensor
-) -> Tensor | None:
-    if not ctx.needs_input_grad[1]:
-        return None
-    if not queue.has_sink:
-        return _matrix(grad_output).t() @ _matrix(value)
-    queue.put(ctx.parameter, (_matrix(grad_output),), _matrix(value))
-    return None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, weight: Tensor, queue: WeightGradientQueue) -> Tensor:
-        ctx.save_for_backward(value, weight)
-        ctx.queue, ctx.parameter = queue, weight
-        return F.linear(value, weight)
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        value, weight = ctx.saved_tensors
-        grad_value = grad_output @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(ctx, weight, ctx.queue, grad_output, value)
-        return grad_value, grad_weight, None
-
-
-def gather_rows(value: Tensor, group: Communicator) -> Tensor:
-    """The members' `value`, one after the other along dim 0, without autograd. Collective."""
-    value = value.contiguous()
-    gathered = value.new_empty(group.size * value.shape[0], *value.shape[1:])
-    group.all_gather(list(gathered.chunk(group.size)), value).wait()
-    return gathered
-
-
-def sum_scatter_rows(value: Tensor, group: Communicator) -> Tensor:
-    """This member's part of dim 0 of the members' sum, without autograd. Collective."""
-    parts = list(value.contiguous().chunk(group.size))
-    output = torch.empty_like(parts[group.index])
-    group.reduce_scatter(output, parts).wait()
-    return output
-
-
-class _GatheredLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, weight: Tensor, queue: WeightGradientQueue, group: Communicator
-    ) -> Tensor:
-        ctx.save_for_backward(value, weight)
-        ctx.queue, ctx.parameter, ctx.group = queue, weight, group
-        return F.linear(gather_rows(value, group), weight)
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        value, weight = ctx.saved_tensors
-        grad_value = sum_scatter_rows(grad_output @ weight, ctx.group)
-        gathered = gather_rows(value, ctx.group)
-        grad_weight = _weight_gradient(ctx, weight, ctx.queue, grad_output, gathered)
-        return grad_value, grad_weight, None, None

@@ -1,39 +1,45 @@
-"""The vocabulary split over tensor-parallel ranks: embedding and cross-entropy.
+"""The vocabulary split over the parts of a layer: embedding and cross-entropy.
 
-Rank r holds rows [r * V // T, (r + 1) * V // T); V need not divide evenly. Exact-mode safe within
-one tensor-parallel size.
+Part k of n holds rows [k * V // n, (k + 1) * V // n); V need not divide evenly. Exact-mode safe as
+`TensorParallel` is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.comm import Communicator
 from holdfast.parallel.pipeline import WeightGradientQueue
+from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.parallel.tensor_parallel.sums import tree_sum
 
 
 def embed(
-    tokens: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, first_row: int
+    tokens: Tensor,
+    weights: Sequence[nn.Parameter],
+    queue: WeightGradientQueue,
+    first_rows: Sequence[int],
 ) -> Tensor:
-    """Rows of a vocabulary shard; zeros for tokens of other shards.
+    """Rows of a rank's parts of the vocabulary; zeros for tokens of others.
 
     Args:
         tokens: int64[seq, batch].
-        weight: float[rows, hidden], the rows from `first_row` on.
+        weights: of each own part, float[rows, hidden].
+        first_rows: the row of the vocabulary with which each of them begins.
     Returns:
         float[seq, batch, hidden]; the sum over the tensor group is the embedding. Local.
     """
-    return _Embed.apply(tokens, weight, queue, first_row)  # pyrefly: ignore[bad-return]
+    return _Embed.apply(tokens, queue, first_rows, *weights)  # pyrefly: ignore[bad-return]
 
 
 def cross_entropy_sum(
-    logits: Tensor,
+    logits: Sequence[Tensor],
     targets: Tensor,
-    first_row: int,
-    group: Communicator | None,
+    first_rows: Sequence[int],
+    tp: TensorParallel,
     ignored: Tensor | None = None,
 ) -> Tensor:
     """The sum over tokens of the cross-entropy, with logits split along the vocabulary.
@@ -41,87 +47,121 @@ def cross_entropy_sum(
     It is computed in float32 (float64 for float64 logits).
 
     Args:
-        logits: float[seq, batch, rows], this rank's part of the vocabulary, from `first_row` on.
+        logits: of each own part of the vocabulary, float[seq, batch, rows].
         targets: int64[seq, batch] in the whole vocabulary.
+        first_rows: the row of the vocabulary with which each part begins.
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
     Returns:
-        float64 scalar, equal on all ranks of `group`. Collective over `group`.
+        float64 scalar, equal on all ranks of the group of `tp`. Collective over it.
     """
     return _CrossEntropySum.apply(  # pyrefly: ignore[bad-return]
-        logits, targets, first_row, group, ignored
+        targets, first_rows, tp, ignored, *logits
     )
+
+
+def rows_here(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Entries of the vocabulary as rows of a part (0 for those of other parts), and which are."""
+    local = targets - first_row
+    outside = (local < 0) | (local >= rows)
+    return local.masked_fill(outside, 0), outside
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, queue: WeightGradientQueue, first_row: int
+        ctx: Any,
+        tokens: Tensor,
+        queue: WeightGradientQueue,
+        first_rows: Sequence[int],
+        *weights: Tensor,
     ) -> Tensor:
-        local = tokens - first_row
-        outside = (local < 0) | (local >= weight.shape[0])
-        local = local.masked_fill(outside, 0)
-        ctx.save_for_backward(local, outside)
-        ctx.queue, ctx.parameter = queue, weight
-        output = weight[local]
+        places = [
+            rows_here(tokens, first, weight.shape[0])
+            for first, weight in zip(first_rows, weights, strict=True)
+        ]
+        ctx.save_for_backward(*(tensor for both in places for tensor in both))
+        ctx.queue, ctx.parameters = queue, weights
+        if len(weights) > 1:
+            return _selected(weights, places)
+        ((local, outside),) = places
+        output = weights[0][local]
         return output.masked_fill_(outside.unsqueeze(-1), 0.0) if outside.any() else output
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor | None, None, None]:
-        local, outside = ctx.saved_tensors
-        inside = ~outside.reshape(-1)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
         flat = grad_output.reshape(-1, grad_output.shape[-1])
-        rows, place = torch.unique(local.reshape(-1)[inside], return_inverse=True)
-        summed = flat.new_zeros(rows.numel(), flat.shape[-1])
-        summed.index_add_(0, place, flat[inside])
-        if not ctx.queue.has_sink:
-            dense = torch.zeros_like(ctx.parameter)
-            return None, dense.index_copy_(0, rows, summed), None, None
-        ctx.queue.add_rows(ctx.parameter, rows, summed)
-        return None, None, None, None
+        gradients: list[Tensor | None] = []
+        for place, parameter in enumerate(ctx.parameters):
+            local, outside = saved[2 * place : 2 * place + 2]
+            inside = ~outside.reshape(-1)
+            rows, where = torch.unique(local.reshape(-1)[inside], return_inverse=True)
+            summed = flat.new_zeros(rows.numel(), flat.shape[-1])
+            summed.index_add_(0, where, flat[inside])
+            if ctx.queue.has_sink:
+                ctx.queue.add_rows(parameter, rows, summed)
+                gradients.append(None)
+            else:
+                gradients.append(torch.zeros_like(parameter).index_copy_(0, rows, summed))
+        return None, None, None, *gradients
+
+
+def _selected(weights: Sequence[Tensor], places: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The rows of several parts, as their sum would have them: zero has no sign."""
+    tokens = places[0][0]
+    output = weights[0].new_zeros(*tokens.shape, weights[0].shape[-1])
+    for weight, (local, outside) in zip(weights, places, strict=True):
+        inside = ~outside
+        output[inside] = weight[local[inside]]
+    return output.add_(0.0)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
         targets: Tensor,
-        first_row: int,
-        group: Communicator | None,
+        first_rows: Sequence[int],
+        tp: TensorParallel,
         ignored: Tensor | None,
+        *logits: Tensor,
     ) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        largest = wide.amax(-1)
-        if group is not None:
-            group.all_reduce(largest, "max").wait()
-        exponentials = (wide - largest.unsqueeze(-1)).exp_()
-        total = exponentials.sum(-1)
-        local = targets - first_row
-        outside = (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(outside, 0)
-        target = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1) - largest
-        target = target.masked_fill(outside, 0.0)
-        if group is not None:
-            both = torch.stack([total, target])
-            group.all_reduce(both).wait()
-            total, target = both[0], both[1]
-        probabilities = exponentials.div_(total.unsqueeze(-1))
+        wide = [part if part.dtype == torch.float64 else part.float() for part in logits]
+        largest = wide[0].amax(-1)
+        for part in wide[1:]:
+            largest = torch.maximum(largest, part.amax(-1))
+        largest = tp.largest(largest)
+        exponentials, sums, places = [], [], []
+        for part, first in zip(wide, first_rows, strict=True):
+            exponentials.append((part - largest.unsqueeze(-1)).exp_())
+            local, outside = rows_here(targets, first, part.shape[-1])
+            target = part.gather(-1, local.unsqueeze(-1)).squeeze(-1) - largest
+            sums.append(torch.stack([exponentials[-1].sum(-1), target.masked_fill(outside, 0.0)]))
+            places.append((local, outside if ignored is None else outside | ignored))
+        total, target = tp.sum_everywhere(tree_sum(sums))
         losses = total.log() - target
         if ignored is not None:
-            probabilities.masked_fill_(ignored.unsqueeze(-1), 0.0)
             losses.masked_fill_(ignored, 0.0)
-            outside = outside | ignored
-        ctx.save_for_backward(probabilities, local, outside)
-        ctx.dtype = logits.dtype
+        for part in exponentials:
+            part.div_(total.unsqueeze(-1))
+            if ignored is not None:
+                part.masked_fill_(ignored.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(*exponentials, *(tensor for both in places for tensor in both))
+        ctx.dtype = logits[0].dtype
         return losses.double().sum()
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities, local, outside = ctx.saved_tensors
-        scale = grad_output.to(probabilities.dtype)
-        gradient = probabilities * scale
-        share = torch.where(outside, 0.0, -scale).to(gradient.dtype).unsqueeze(-1)
-        gradient.scatter_add_(-1, local.unsqueeze(-1), share)
-        return gradient.to(ctx.dtype), None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        parts = len(saved) // 3
+        gradients = []
+        for place, probabilities in enumerate(saved[:parts]):
+            local, outside = saved[parts + 2 * place : parts + 2 * place + 2]
+            scale = grad_output.to(probabilities.dtype)
+            gradient = probabilities * scale
+            share = torch.where(outside, 0.0, -scale).to(gradient.dtype).unsqueeze(-1)
+            gradient.scatter_add_(-1, local.unsqueeze(-1), share)
+            gradients.append(gradient.to(ctx.dtype))
+        return None, None, None, None, *gradients

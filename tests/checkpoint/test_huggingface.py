@@ -45,7 +45,7 @@ def test_transformers_gives_our_logits(
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         theirs: Any = AutoModelForCausalLM.from_pretrained(str(folder))
         assert theirs.config.tie_word_embeddings is tie
-        buffer = ParameterBuffer(ours.named_specs())
+        buffer = ParameterBuffer(ours.rows())
         weights: dict[str, Any] = {}
         for segment in buffer.segments:
             weights.setdefault(segment.spec.name, buffer.view(buffer.values, segment))

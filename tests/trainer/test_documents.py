@@ -56,7 +56,7 @@ def numbers() -> Tensor:
 
 def gradients_of(chunk: ModelChunk) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for _, spec, parameter in chunk.named_specs():
+    for (*_, spec), parameter in chunk.rows():
         assert parameter.grad is not None
         found[spec.name] = parameter.grad[spec.local_row : spec.local_row + spec.rows]
     return found
@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_plain_torch_with_the_mask_written_out(vocab_ch
     plain.load_named(
         {
             spec.name: p.detach()[spec.local_row : spec.local_row + spec.rows]
-            for _, spec, p in chunk.named_specs()
+            for (*_, spec), p in chunk.rows()
         }
     )
     packed = Packed(numbers(), batch.documents.positions.t())
@@ -110,7 +110,7 @@ def test_each_document_equals_transformers_with_position_ids() -> None:
     theirs.load_state_dict(
         {
             spec.name: p.detach()[spec.local_row : spec.local_row + spec.rows]
-            for _, spec, p in chunk.named_specs()
+            for (*_, spec), p in chunk.rows()
         }
     )
     positions = batch.documents.positions.t()

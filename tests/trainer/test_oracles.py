@@ -38,7 +38,7 @@ def named_values(chunk: ModelChunk) -> dict[str, Tensor]:
     """The chunk's weights by Hugging Face name."""
     return {
         spec.name: parameter.detach()[spec.local_row : spec.local_row + spec.rows]
-        for _, spec, parameter in chunk.named_specs()
+        for (*_, spec), parameter in chunk.rows()
         if spec.tied_use == 0
     }
 
@@ -98,7 +98,7 @@ def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None
     loss.backward()
     expected.backward()
     gradients: dict[str, Tensor] = {}
-    for _, spec, parameter in chunk.named_specs():
+    for (*_, spec), parameter in chunk.rows():
         assert parameter.grad is not None
         part = parameter.grad[spec.local_row : spec.local_row + spec.rows]
         gradients[spec.name] = gradients.get(spec.name, 0) + part

@@ -31,8 +31,8 @@ class RankCapture:
 
     place: Mapping[str, int] = field(default_factory=dict)
     """The rank's index along each axis; empty for the reference."""
-    part: int = 0
-    """The part of the parameters that it holds."""
+    parts: tuple[int, ...] = (0,)
+    """The parts of the parameters that it holds."""
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     slices: int = 1

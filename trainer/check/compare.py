@@ -237,10 +237,10 @@ def _gradient_hint(
                     total += partial.values[_inside(piece, partial)]
         return total
 
-    right = same(summed(r for r in ranks if r.part == owner.part), expected)
+    right = same(summed(_holding(owner.parts, ranks)), expected)
     for axis in _axes_inside(ranks):
-        along = {r.part for r in _along(axis, ranks, owner)}
-        copies = [r for r in ranks if r.part in along.intersection(piece.copies)]
+        along = {part for r in _along(axis, ranks, owner) for part in r.parts}
+        copies = _holding(along.intersection(piece.copies), ranks)
         if right and same(piece.values, summed(copies)):
             return f"it is summed over the {axis} group, where each copy already has all of it"
         if not right and same(summed(copies), expected):
@@ -248,7 +248,7 @@ def _gradient_hint(
                 f"each copy along {axis} holds a part of it: the all_reduce over the {axis} group "
                 "is missing (ParameterSpec.summed)"
             )
-        if not right and same(summed(r for r in ranks if r.part in along), expected):
+        if not right and same(summed(_holding(along, ranks)), expected):
             return (
                 f"all {axis} ranks hold a part of it: the all_reduce over the {axis} group is "
                 "missing"
@@ -259,6 +259,12 @@ def _gradient_hint(
     if abs(ratio - 1) > 1e-6 and same(piece.values, expected * ratio):
         return f"it is {ratio:.6g} times the reference: a wrong scale, or counted that many times"
     return "no sum of the ranks' parts gives it: the computation itself differs"
+
+
+def _holding(parts: Iterable[int], ranks: Sequence[RankCapture]) -> list[RankCapture]:
+    """The ranks that hold one of some parts."""
+    wanted = set(parts)
+    return [rank for rank in ranks if not wanted.isdisjoint(rank.parts)]
 
 
 def _axes_inside(ranks: Sequence[RankCapture]) -> list[str]:

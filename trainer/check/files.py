@@ -21,7 +21,7 @@ def save_capture(capture: RankCapture, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {
         "place": dict(capture.place),
-        "part": capture.part,
+        "parts": capture.parts,
         "slices": capture.slices,
         "losses": [value.hex() for value in capture.losses],
         "grad_norms": [value.hex() for value in capture.grad_norms],
@@ -45,7 +45,7 @@ def load_capture(path: Path) -> RankCapture:
     """Read the capture that `save_capture` wrote."""
     with safe_open(path, framework="pt") as file:
         index = json.loads(file.metadata()["index"])
-        capture = RankCapture(index["place"], index["part"], slices=index["slices"])
+        capture = RankCapture(index["place"], tuple(index["parts"]), slices=index["slices"])
         capture.losses = [float.fromhex(value) for value in index["losses"]]
         capture.grad_norms = [float.fromhex(value) for value in index["grad_norms"]]
         for kind in _ACTIVATIONS:

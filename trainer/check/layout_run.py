@@ -19,7 +19,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
     """Train `config.train.steps` steps on this rank. Returns the capture. Collective."""
     training = open_training(config, world, store)
     mesh = training.plan.configured_mesh
-    capture = RankCapture(mesh.place(world.rank), training.plan.part_of(world.rank))
+    capture = RankCapture(mesh.place(world.rank), training.plan.parts_of(world.rank))
     slices = training.slices
     capture.slices = slices.count
     recorder = ActivationRecorder(capture, lambda: training.current_micro_batch, slices.own)

@@ -40,7 +40,7 @@ def run_reference(config: RunConfig) -> RankCapture:
         micro_batch=train.micro_batch,
         seed=train.seed,
     )
-    rows = [(spec, parameter) for _, spec, parameter in chunk.named_specs()]
+    rows = [(spec, parameter) for (*_, spec), parameter in chunk.rows()]
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
     parameters = {p: spec for spec, p in rows if p not in second_uses}

@@ -31,9 +31,10 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         wanted = max(wanted // parallel.data, 1) * parallel.data
     micro_batch = min(train.micro_batch, 2)
     rows = wanted * micro_batch
-    unit = parallel.tensor * train.context_chunks
-    seq_len = -(-max(8, 4 * parallel.tensor) // unit) * unit
-    tiny = family_of(model.family).tiny(model, parallel.tensor, sum(layers))
+    parts = config.tensor_parts
+    unit = parts * train.context_chunks
+    seq_len = -(-max(8, 4 * parts) // unit) * unit
+    tiny = family_of(model.family).tiny(model, parts, sum(layers))
     return msgspec.structs.replace(
         config,
         model=msgspec.structs.replace(tiny, max_seq_len=max(tiny.max_seq_len, seq_len)),

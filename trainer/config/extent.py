@@ -50,10 +50,13 @@ def extent_problems(config: RunConfig) -> Iterator[str]:
             f"{MOST_CHUNK_PASSES}; raise train.micro_batch or parallel.data, or lower "
             "train.global_batch"
         )
-    if model.layers * parallel.tensor**2 > MOST_COPIES:
+    if model.layers * config.tensor_parts**2 > MOST_COPIES:
+        key, what = "parallel.tensor", "tensor degree"
+        if config.numerics.tensor_shards > 1:
+            key, what = "numerics.tensor_shards", "number of shards"
         yield (
-            f"model.layers = {model.layers} with parallel.tensor = {parallel.tensor}: layers times "
-            f"the square of the tensor degree must be at most {MOST_COPIES}; lower one of them"
+            f"model.layers = {model.layers} with {key} = {config.tensor_parts}: layers times the "
+            f"square of the {what} must be at most {MOST_COPIES}; lower one of them"
         )
     elif (blocks := block_count(config)) > MOST_BLOCKS:
         larger = config.optimizer.block_elements * ceil(blocks / MOST_BLOCKS)
@@ -76,6 +79,7 @@ def block_count(config: RunConfig) -> int:
         micro_batch=config.train.micro_batch,
         precision=config.train.precision,
         recompute="none",
+        shards=config.numerics.tensor_shards,
     )
     elements = config.optimizer.block_elements
     return config.model.layers * _blocks(layer, elements) + sum(

@@ -83,7 +83,12 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "weight_decay": Range(0, 1e30),
         "block_elements": Range(1, 2**40),
     },
-    "numerics": {"fraction_bits": Range(8, 60), "nonfinite_limit": Range(0, _COUNT)},
+    "numerics": {
+        "fraction_bits": Range(8, 60),
+        "nonfinite_limit": Range(0, _COUNT),
+        "tensor_shards": Range(1, 2**10),
+        "tensor_strips": Range(1, 2**16),
+    },
     "parallel": {axis: Range(1, 2**20) for axis in AXES}
     | {
         "virtual": Range(1, 4096),

@@ -47,6 +47,8 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _data,
         _batch,
         _tensor,
+        _tensor_shards,
+        _tensor_strips,
         _slices,
         _pipeline,
         _elastic,
@@ -87,7 +89,9 @@ def _choices(config: RunConfig) -> Iterator[str]:
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     family = family_of(model.family)
-    yield from family.problems(model, config.parallel.tensor)
+    shards, tensor = config.numerics.tensor_shards, config.parallel.tensor
+    key = "parallel.tensor" if shards == 1 else "numerics.tensor_shards"
+    yield from family.problems(model, config.tensor_parts if tensor >= 1 else tensor, key)
     if config.train.compile and family.compiled_regions is None:
         yield (
             f"train.compile = true: model.family = {model.family!r} has nothing to compile; set it "
@@ -160,6 +164,56 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _tensor_shards(config: RunConfig) -> Iterator[str]:
+    shards, tensor = config.numerics.tensor_shards, config.parallel.tensor
+    if shards <= 1:
+        return
+    if shards & (shards - 1):
+        yield (
+            f"numerics.tensor_shards = {shards} is not a power of two; the partial sums of shards "
+            "are added in pairs"
+        )
+    elif tensor >= 1 and shards % tensor:
+        yield (
+            f"parallel.tensor = {tensor} does not divide numerics.tensor_shards = {shards}; change "
+            "one of them"
+        )
+    if not config.parallel.sequence_parallel:
+        yield (
+            f"numerics.tensor_shards = {shards} needs parallel.sequence_parallel = true: each "
+            "shard has the norms of its own tokens"
+        )
+    tokens = config.train.seq_len // max(1, config.train.context_chunks)
+    if tokens % shards:
+        yield (
+            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which "
+            f"numerics.tensor_shards = {shards} does not divide; change one of them"
+        )
+
+
+def _tensor_strips(config: RunConfig) -> Iterator[str]:
+    strips, parts = config.numerics.tensor_strips, config.tensor_parts
+    if strips <= 1 or parts < 1:
+        return
+    tokens = config.train.seq_len // max(1, config.train.context_chunks)
+    if not config.parallel.sequence_parallel:
+        yield (
+            f"numerics.tensor_strips = {strips} needs parallel.sequence_parallel = true: tokens "
+            "are exchanged before and after each layer"
+        )
+    if strips % parts:
+        key = "parallel.tensor" if config.numerics.tensor_shards == 1 else "numerics.tensor_shards"
+        yield (
+            f"numerics.tensor_strips = {strips} is no multiple of {key} = {parts}; each has as "
+            "many strips as the others"
+        )
+    if tokens % strips:
+        yield (
+            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which "
+            f"numerics.tensor_strips = {strips} does not divide; change one of them"
+        )
+
+
 def _tensor(config: RunConfig) -> Iterator[str]:
     tensor, parallel = config.parallel.tensor, config.parallel
     if tensor > 1 and parallel.sequence_parallel and config.train.seq_len % tensor:
@@ -201,10 +255,12 @@ def _slices(config: RunConfig) -> Iterator[str]:
             "train.context_chunks"
         )
     heads = config.model.heads
-    if parallel.context_exchange == "heads" and heads % (tensor * context):
+    parts = config.tensor_parts
+    if parallel.context_exchange == "heads" and heads % (parts * context):
+        key = "parallel.tensor" if parts == tensor else "numerics.tensor_shards"
         yield (
-            f"parallel.context_exchange = 'heads': parallel.tensor x parallel.context = "
-            f"{tensor * context} does not divide model.heads = {heads}; use 'keys', or leave it out"
+            f"parallel.context_exchange = 'heads': {key} x parallel.context = {parts * context} "
+            f"does not divide model.heads = {heads}; use 'keys', or leave it out"
         )
 
 

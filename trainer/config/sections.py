@@ -86,6 +86,12 @@ class NumericsConfig(Section, frozen=True):
     nonfinite: Literal["error", "skip"] = "error"
     nonfinite_limit: int = 10
     """Steps skipped in a row that end the run; 0: none do."""
+    tensor_shards: int = 1
+    """The parts of each layer's matrices, whose partial sums are added in one order for any tensor
+    degree that divides them; 1: as many as tensor ranks, in their order."""
+    tensor_strips: int = 1
+    """The strips of a slice's tokens in which layers are computed, so that tensor ranks send some
+    while they compute others; 1: all of them at once."""
 
 
 class ParallelConfig(Section, frozen=True):
@@ -266,3 +272,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     offload: OffloadConfig = OffloadConfig()
     elastic: ElasticConfig = ElasticConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def tensor_parts(self) -> int:
+        """The parts of each layer's matrices: those of the tensor ranks, or shards."""
+        return max(self.parallel.tensor, self.numerics.tensor_shards)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the layout, with the parts of the parameters."""
+        mesh = self.parallel.mesh
+        return Mesh(mesh.axes, mesh.sizes, self.numerics.tensor_shards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, assert_never
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.context_parallel import ContextParallel
 from holdfast.parallel.keyed_random import normal_box_, stream_key
-from holdfast.parallel.layout import LayerSpec, ParameterSpec
+from holdfast.parallel.layout import HeldRow, LayerSpec, ParameterSpec, held_rows
 from holdfast.parallel.pipeline import Batch, Chunk, MicroBatchContext
 from holdfast.parallel.precision import precision_of
 from holdfast.parallel.tensor_parallel import TensorParallel
@@ -29,7 +29,6 @@ class ModelChunk(Chunk):
         model: ModelConfig,
         layers: range,
         specs: Sequence[LayerSpec],
-        part: int,
         tp: TensorParallel,
         seq_len: int,
         dtype: torch.dtype,
@@ -40,7 +39,7 @@ class ModelChunk(Chunk):
     ) -> None:
         """The arguments are those of `build_chunk`; `specs` has all layers of the model. Local."""
         super().__init__()
-        self._specs, self._layers, self._part = specs, layers, part
+        self._specs, self._layers, self._parts = specs, layers, tp.own_parts
         shared = ChunkContext(
             tp, self.queue, seq_len, dtype, device, seed, compiles, context_parallel
         )
@@ -75,17 +74,35 @@ class ModelChunk(Chunk):
         for module in below:
             values = module(values, context)
         assert values is not None
-        return head.logits(values[0]).transpose(0, 1)  # pyrefly: ignore[not-callable]
+        (logits,) = head.logits(values[0])  # pyrefly: ignore[not-callable]
+        return logits.transpose(0, 1)
 
-    def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
+    def rows(self) -> list[tuple[HeldRow, nn.Parameter]]:
         return [
-            (layer, spec, module.get_parameter(spec.local))
+            (row, parameter)
             for layer, module in self.modules_by_layer()
-            for spec in self._specs[layer].parameters[self._part]
+            for row, parameter in _with_parameters(
+                held_rows(self._specs[layer], layer, self._parts), module
+            )
         ]
 
     def modules_by_layer(self) -> list[tuple[int, nn.Module]]:
         return list(zip(self._layers, self.layers.values(), strict=True))
+
+
+def _with_parameters(
+    rows: Sequence[HeldRow], module: nn.Module
+) -> Iterator[tuple[HeldRow, nn.Parameter]]:
+    """The rows of a layer, with their parameters: one, or a list with one for each part."""
+    parts: dict[str, list[int]] = {}
+    for row in rows:
+        known = parts.setdefault(row.spec.local, [])
+        if row.part not in known:
+            known.append(row.part)
+        path, _, name = row.spec.local.rpartition(".")
+        found = getattr(module.get_submodule(path), name)
+        is_list = isinstance(found, nn.ParameterList)
+        yield row, found[known.index(row.part)] if is_list else found
 
 
 def _aligned(part: Tensor) -> Tensor:
@@ -100,7 +117,6 @@ def build_chunk(
     model: ModelConfig,
     layers: range,
     specs: Sequence[LayerSpec],
-    part: int = 0,
     *,
     tensor_parallel: TensorParallel | None = None,
     dtype: torch.dtype,
@@ -116,7 +132,7 @@ def build_chunk(
     Args:
         layers: indices into `specs`: 0 is the embedding, the last is the head.
         specs: all layers of the model, with their parameters by part.
-        tensor_parallel: the split of layers; None for one rank.
+        tensor_parallel: the split of layers; None: one rank has the whole of each.
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
         weights: "drawn" from `seed`; "unset", for a chunk that is filled from elsewhere; "none":
@@ -125,7 +141,7 @@ def build_chunk(
         context_parallel: the split of sequences; None: sequences have one slice, or all are here.
     """
     tp = tensor_parallel or TensorParallel(None, False)
-    arguments = (model, layers, specs, part, tp, seq_len, dtype, device, seed, compiles)
+    arguments = (model, layers, specs, tp, seq_len, dtype, device, seed, compiles)
     arguments = (*arguments, context_parallel)
     if weights == "none":
         with torch.device("meta"):
@@ -156,10 +172,12 @@ def build_whole_model(
     micro_batch: int,
     seed: int,
     vocab_chunk: int = 0,
+    shards: int = 1,
+    strips: int = 1,
 ) -> ModelChunk:
     """All layers as one chunk of one rank. Local.
 
-    Arguments as of `build_chunk` and `layer_specs`.
+    Arguments as of `build_chunk`, `layer_specs` and `TensorParallel`.
     """
     specs = layer_specs(
         model,
@@ -170,14 +188,23 @@ def build_whole_model(
         precision=precision_of(dtype).name,
         recompute="none",
         vocab_chunk=vocab_chunk,
+        shards=shards,
     )
-    layers = range(len(specs))
-    return build_chunk(model, layers, specs, dtype=dtype, device=device, seq_len=seq_len, seed=seed)
+    return build_chunk(
+        model,
+        range(len(specs)),
+        specs,
+        tensor_parallel=TensorParallel(None, False, shards, strips),
+        dtype=dtype,
+        device=device,
+        seq_len=seq_len,
+        seed=seed,
+    )
 
 
 def initialize(chunk: Chunk, seed: int) -> None:
     """Draw all parameters: element i of a logical tensor is a function of (seed, name, i)."""
-    for _, spec, parameter in chunk.named_specs():
+    for (*_, spec), parameter in chunk.rows():
         segment = parameter.data[spec.local_row : spec.local_row + spec.rows]
         segment.copy_(initial_values(spec, seed, parameter.dtype))
 

@@ -57,9 +57,9 @@ class RegionSizes:
     """The sizes that a family's regions have on every rank of a run."""
 
     tensor: int
-    """The tensor-parallel degree."""
+    """The parts of a layer: the tensor-parallel degree, or a multiple of it."""
     rows: int
-    """The positions of a hidden state on a rank: `tokens`, or a part with sequence parallelism."""
+    """The positions that a norm has: `tokens`, or a part's with sequence parallelism."""
     tokens: int
     """The tokens of a slice of a sequence: those that are computed as one."""
     seq_len: int
@@ -82,16 +82,18 @@ class LayerTable(Protocol[M_contra]):
         precision: str,
         recompute: str | Sequence[str],
         vocab_chunk: int = 0,
+        shards: int = 1,
     ) -> tuple[LayerSpec, ...]:
         """The embedding, `model.layers` transformer layers, the head: rows and costs. Pure.
 
         Args:
-            tensor: the tensor-parallel degree; each layer has one table of rows per shard.
+            tensor: the tensor-parallel degree; costs are those of one rank.
             sequence_parallel: whether hidden states are split over the tensor group.
             precision: a name of `holdfast.parallel.precision.PRECISIONS`.
             recompute: "none", "full" or "selective", of all transformer layers or of each.
-            vocab_chunk: the vocabulary entries of a rank whose logits are in memory at once; 0:
+            vocab_chunk: the vocabulary entries of a part whose logits are in memory at once; 0:
                 all. The head's row has it; 0 there: it computes them as one.
+            shards: the parts of each layer, with a table of rows each; 1: one for each rank.
         """
         ...
 
@@ -102,8 +104,9 @@ class Family(Generic[M]):
 
     section: type[M]
     """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
-    problems: Callable[[M, int], Iterator[str]]
-    """(section, tensor degree) -> the broken rules, one line each: key, value, advice."""
+    problems: Callable[[M, int, str], Iterator[str]]
+    """(section, parts of a layer, the key that has their number) -> the broken rules, one line
+    each: key, value, advice."""
     layer_specs: LayerTable[M]
     """The table of layers. Rows have Hugging Face's names, so checkpoints need no renaming."""
     modules: Callable[[M, ChunkContext], Callable[[int, LayerSpec], nn.Module]]
@@ -113,7 +116,8 @@ class Family(Generic[M]):
     of each of the rank's slices (`context.slices`; usually one, the whole sequence). The embedding
     takes None; the head gives the sum of the token losses of each slice, in which negative targets
     do not count, and has `logits(value)`. Attention does not cross the ends of
-    `context.batch.documents`. Parameters have the local names of the table."""
+    `context.batch.documents`. Parameters have the local names of the table: one, or an
+    `nn.ParameterList` with that of each part that the rank has."""
     config_json: Callable[[M, int, str], Mapping[str, Any]]
     """(section, sequence length, torch's name of the dtype) -> Hugging Face's `config.json`."""
     differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, str]]]
@@ -121,7 +125,7 @@ class Family(Generic[M]):
     here computes otherwise. A key of `config.json` that [model] lacks has `config.json:` before
     it."""
     tiny: Callable[[M, int, int], M]
-    """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
+    """(section, parts, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]
     """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None
@@ -144,6 +148,7 @@ def layer_specs(
     precision: str,
     recompute: str | Sequence[str],
     vocab_chunk: int = 0,
+    shards: int = 1,
 ) -> tuple[LayerSpec, ...]:
     """The layers of a model, by the table of its family; see `LayerTable`. Pure."""
     return family_of(model.family).layer_specs(
@@ -155,4 +160,5 @@ def layer_specs(
         precision=precision,
         recompute=recompute,
         vocab_chunk=vocab_chunk,
+        shards=shards,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from holdfast.trainer.data import Coverage
 from holdfast.trainer.models import ModelConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
+from holdfast.trainer.plan_report.strips import StripsPlan, strips_plan
 from holdfast.trainer.reports import LayoutTable, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
 from holdfast.trainer.step import layers_of_config, plan_of, state_format
@@ -38,6 +39,22 @@ _CHART_MARGIN = 28
 _SUGGESTED_CHUNK = 8192
 _MUCH_BYTES = 64 * 2**20
 """The memory of logits from which on a way to save it is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """An estimate at some rates."""
+
+    seconds: float
+    strips: StripsPlan | None
+    """What tensor-parallel layers exchange; None if nothing."""
+
+    def rows(self, config: RunConfig) -> Iterator[tuple[str, str]]:
+        """(name, value), for a person."""
+        rate = config.train.global_batch * config.train.seq_len / self.seconds
+        yield "step time", f"{self.seconds:.4g} s, {rate:,.0f} tokens/s (estimated)"
+        if self.strips is not None:
+            yield "tensor strips", self.strips.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,7 @@ class PlanReport:
     """The fullest rank of each pipeline stage."""
     parameters: int
     step_flops: float
-    step_s: float | None
+    step_time: StepTime | None
     """The estimated time of a step; None without rates."""
     checkpoint_bytes: int
     checkpoint_imbalance: float
@@ -76,7 +93,7 @@ class PlanReport:
             "data": None if self.data is None else self.data.as_dict(),
             "step_flops": self.step_flops,
             "bubble": self.timeline.bubble,
-            "step_s": self.step_s,
+            "step_s": None if self.step_time is None else self.step_time.seconds,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_imbalance": self.checkpoint_imbalance,
             "elastic": None if self.elastic is None else self.elastic.as_dict(),
@@ -128,10 +145,9 @@ class PlanReport:
             facts.add_row(Text("logits", style="dim"), logits)
         if rates := assumed(config):
             facts.add_row(Text("recompute for", style="dim"), rates)
-        if self.step_s is not None:
-            rate = config.train.global_batch * config.train.seq_len / self.step_s
-            estimate = f"{self.step_s:.4g} s, {rate:,.0f} tokens/s (estimated)"
-            facts.add_row(Text("step time", style="dim"), estimate)
+        if self.step_time is not None:
+            for name, value in self.step_time.rows(config):
+                facts.add_row(Text(name, style="dim"), value)
         return Group(
             facts,
             Text(""),
@@ -205,17 +221,9 @@ def plan_report(
     busiest = max(range(plan.configured_mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"
     form = state_format(config)
-    step_s = None
+    step_time = None
     if flops_per_s > 0 and link_bytes_per_s > 0:
-        step_s = step_time_s(
-            plan,
-            precision=form.precision,
-            exact=exact,
-            flops_per_s=flops_per_s,
-            link_bytes_per_s=link_bytes_per_s,
-            packing=config.parallel.packing,
-            overlap=config.parallel.overlap,
-        )
+        step_time = _step_time(config, plan, form, flops_per_s, link_bytes_per_s)
     elastic = None
     if config.elastic.enabled or lost:
         elastic = elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
@@ -235,7 +243,7 @@ def plan_report(
         ),
         parameters=parameters,
         step_flops=step_flops(plan.layers, config.train.global_batch // config.train.micro_batch),
-        step_s=step_s,
+        step_time=step_time,
         checkpoint_bytes=parameters * (form.precision.bytes + state_bytes),
         checkpoint_imbalance=_imbalance(plan),
         elastic=elastic,
@@ -244,10 +252,25 @@ def plan_report(
             plan,
             flops_per_s=flops_per_s,
             drive_bytes_per_s=config.offload.drive_gbytes * 1e9,
-            step_s=step_s,
+            step_s=None if step_time is None else step_time.seconds,
         ),
         data=data,
     )
+
+
+def _step_time(
+    config: RunConfig, plan: Plan, form: StateFormat, flops_per_s: float, link_bytes_per_s: float
+) -> StepTime:
+    seconds = step_time_s(
+        plan,
+        precision=form.precision,
+        exact=config.numerics.reduction == "exact",
+        flops_per_s=flops_per_s,
+        link_bytes_per_s=link_bytes_per_s,
+        packing=config.parallel.packing,
+        overlap=config.parallel.overlap,
+    )
+    return StepTime(seconds, strips_plan(config, plan, flops_per_s, link_bytes_per_s))
 
 
 def _model_text(model: ModelConfig) -> str:

@@ -56,8 +56,8 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
         return []
     tokens = train.seq_len // train.context_chunks
     sizes = RegionSizes(
-        tensor=parallel.tensor,
-        rows=tokens // (parallel.tensor if parallel.sequence_parallel else 1),
+        tensor=config.tensor_parts,
+        rows=tokens // (config.tensor_parts if parallel.sequence_parallel else 1),
         tokens=tokens,
         seq_len=train.seq_len,
         micro_batch=train.micro_batch,

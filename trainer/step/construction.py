@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from holdfast.parallel.comm import Groups
 from holdfast.parallel.context_parallel import ContextParallel
-from holdfast.parallel.layout import Box, Slices, slices_of
+from holdfast.parallel.layout import Box, Slices, contributing_parts, slices_of
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     ExchangeSettings,
@@ -61,13 +61,18 @@ class ModelParts:
     layers: LayerParameters | None = None
     """The memory of each layer's parameters, if replicas share these; else they lie in `buffer`."""
 
-    def offers(self, program: Program) -> dict[nn.Parameter, int]:
-        """The number of gradients that each parameter is offered by a program. Pure."""
+    def offers(self, program: Program, parts: Sequence[int]) -> dict[nn.Parameter, int]:
+        """The number of gradients that each parameter is offered by a program. Pure.
+
+        Args:
+            parts: the parts of the parameters that the rank holds.
+        """
         backwards = Counter(a.chunk for a in program if a.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT))
+        slices = len(self.accumulator.slices.own)
         return {
-            parameter: backwards[index] * len(self.accumulator.slices.own)
+            parameter: backwards[index] * slices * len(contributing_parts(row, parts))
             for index, chunk in self.chunks.items()
-            for _, _, parameter in chunk.named_specs()
+            for row, parameter in chunk.rows()
         }
 
 
@@ -99,9 +104,11 @@ def new_chunks(
             config.model,
             plan.layers_of(index),
             plan.layers,
-            plan.part_of(rank),
             tensor_parallel=TensorParallel(
-                group, config.parallel.sequence_parallel and group is not None
+                group,
+                config.parallel.sequence_parallel and group is not None,
+                config.numerics.tensor_shards,
+                config.numerics.tensor_strips,
             ),
             dtype=PRECISIONS[train.precision].dtype,
             device=device,
@@ -142,7 +149,7 @@ def new_model(
     shares = shards(plan, "parameters")
     chunks = new_chunks(config, plan, rank, groups, device, weights="none" if shares else weights)
     buffer = ParameterBuffer(
-        [row for chunk in chunks.values() for row in chunk.named_specs()],
+        [row for chunk in chunks.values() for row in chunk.rows()],
         dtype=PRECISIONS[config.train.precision].dtype,
         device=device,
         keep=kept_spans(plan, rank, "parameters") if shares else None,

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from holdfast.parallel.layout import contributing_parts
+from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.step.construction import ModelParts
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
-    IncludedByPart,
     InterruptedStep,
     ParameterKey,
 )
@@ -42,7 +43,7 @@ class StepInFlight:
         """
         self.step = step
         self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
-        self._part, self._slices = plan.part_of(rank), model.accumulator.slices
+        self._parts, self._slices = plan.parts_of(rank), model.accumulator.slices
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, Tensor] = {}
         """The loss sums of an interrupted step that this rank reports again, by micro-batch."""
@@ -64,7 +65,7 @@ class StepInFlight:
         self._accumulator.clear()
         return False
 
-    def resume(self, step: int, included: IncludedByPart, before: StepInFlight | None) -> None:
+    def resume(self, step: int, included: Included, before: StepInFlight | None) -> None:
         """Have only the micro-batches missing in `included` computed when `step` begins.
 
         Args:
@@ -90,12 +91,25 @@ class StepInFlight:
         skipped: dict[nn.Parameter, frozenset[int]] = {}
         if self._interrupted is not NOT_INTERRUPTED:
             skipped = {
-                part.parameter: self._interrupted.slices_in(
-                    self._part, (part.layer, part.spec_index), micro_batch
-                )
-                for part in self._buffer.segments
+                segment.parameter: self._skipped_units(segment, micro_batch)
+                for segment in self._buffer.segments
             }
         self._accumulator.begin_gradients(micro_batch, skipped)
+
+    def _skipped_units(self, segment: Segment, micro_batch: int) -> frozenset[int]:
+        """The gradients of a micro-batch that a parameter's sums include, as the model numbers
+        them: of slice q, q; where the rank adds p for each slice, q times p and on."""
+        keys = self._keys(segment)
+        return frozenset(
+            slice_ * len(keys) + place
+            for place, key in enumerate(keys)
+            for slice_ in self._interrupted.slices_in(key, micro_batch)
+        )
+
+    def _keys(self, segment: Segment) -> list[ParameterKey]:
+        """A segment's row, in each part that gives it a gradient."""
+        parts = contributing_parts(segment.row, self._parts)
+        return [(part, segment.layer, segment.row.index) for part in parts]
 
     def included(self, losses: Mapping[int, Tensor] | None) -> Included:
         """The units that each parameter's sums include, after an interruption.
@@ -104,15 +118,19 @@ class StepInFlight:
             losses: the losses by micro-batch, of the model's last chunk; None if another rank has
                 it.
         """
-        included = {
-            (part.layer, part.spec_index): frozenset(
-                self._accumulator.included.get(part.parameter, ())
-            )
-            for part in self._buffer.segments
-        }
+        count, included = self._slices.count, {}
+        for segment in self._buffer.segments:
+            keys = self._keys(segment)
+            added = self._accumulator.included.get(segment.parameter, ())
+            for place, key in enumerate(keys):
+                included[key] = frozenset(
+                    micro_batch * count + unit // len(keys)
+                    for micro_batch, unit in added
+                    if unit % len(keys) == place
+                )
         if losses is not None:
             known = {**losses, **self._own_losses}
-            units = included[self._loss_parameter]
+            units = included[self._loss_key(self._parts[0])]
             self._own_losses = {
                 m: loss
                 for m, loss in known.items()
@@ -126,10 +144,9 @@ class StepInFlight:
         return own | {
             micro_batch: loss
             for micro_batch, loss in losses.items()
-            if not self._interrupted.has(0, self._loss_parameter, micro_batch, self._slices.own)
+            if not self._interrupted.has(self._loss_key(0), micro_batch, self._slices.own)
         }
 
-    @property
-    def _loss_parameter(self) -> ParameterKey:
+    def _loss_key(self, part: int) -> ParameterKey:
         """The parameter that decides which rank reports a loss: the head's first row."""
-        return len(self._plan.layers) - 1, 0
+        return part, len(self._plan.layers) - 1, 0

@@ -17,13 +17,13 @@ from typing import Any
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.reading import Count, of_kind
 
-ParameterKey = tuple[int, int]
-"""A parameter: its layer, and its row in the layer's table."""
+ParameterKey = tuple[int, int, int]
+"""A parameter: the part that it is of, its layer, and its row in the table of these."""
 Included = Mapping[ParameterKey, frozenset[int]]
-"""The units in the sums of each parameter of one rank."""
-IncludedByPart = Mapping[int, Included]
-"""By part of the parameters: the units in the sums of all its ranks together."""
-_AsData = dict[str, list[tuple[list[Count], list[Count]]]]
+"""The units in the sums of each parameter, of one rank or of all that have it together.
+
+Sums of rows that parts share have the units of each of these parts."""
+_AsData = list[tuple[Count, Count, list[Count], list[Count]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class InterruptedStep:
 
     step: int
     """The step, counted from 0."""
-    included: IncludedByPart
+    included: Included
     slices: int = 1
     """The slices of a sequence."""
 
@@ -40,22 +40,21 @@ class InterruptedStep:
         """The micro-batches of which some parameter lacks a slice."""
         units = frozenset(range(micro_batches * self.slices))
         done = units
-        for index in range(plan.configured_mesh.parts):
-            included = self.included.get(index, {})
-            for layer, spec in enumerate(plan.layers):
-                for row in range(len(spec.parameters[index])):
-                    done &= included.get((layer, row), frozenset())
+        for layer, spec in enumerate(plan.layers):
+            for part, rows in enumerate(spec.parameters):
+                for row in range(len(rows)):
+                    done &= self.included.get((part, layer, row), frozenset())
         return frozenset(unit // self.slices for unit in units - done)
 
-    def slices_in(self, part: int, key: ParameterKey, micro_batch: int) -> frozenset[int]:
+    def slices_in(self, key: ParameterKey, micro_batch: int) -> frozenset[int]:
         """The slices of a micro-batch that a parameter's sums include already."""
-        found = self.included.get(part, {}).get(key, frozenset())
+        found = self.included.get(key, frozenset())
         first = micro_batch * self.slices
         return frozenset(q for q in range(self.slices) if first + q in found)
 
-    def has(self, part: int, key: ParameterKey, micro_batch: int, slices: Iterable[int]) -> bool:
+    def has(self, key: ParameterKey, micro_batch: int, slices: Iterable[int]) -> bool:
         """Whether a parameter's sums include some slices of a micro-batch already."""
-        return self.slices_in(part, key, micro_batch).issuperset(slices)
+        return self.slices_in(key, micro_batch).issuperset(slices)
 
 
 NOT_INTERRUPTED = InterruptedStep(-1, {})
@@ -82,32 +81,28 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
 
 def included_after_change(
     plan: Plan, following: Plan, included: Mapping[int, Included], fresh: frozenset[int]
-) -> IncludedByPart:
+) -> Included:
     """The units in the sums that stay valid under the next plan.
 
     Args:
         included: the units by rank, for the ranks that were in the same step.
         fresh: as for `keeps_sums`.
     """
-    found: dict[int, dict[ParameterKey, frozenset[int]]] = {}
+    found: dict[ParameterKey, frozenset[int]] = {}
     for rank, rows in included.items():
         if keeps_sums(plan, following, rank, fresh):
-            mine = found.setdefault(plan.part_of(rank), {})
             for key, numbers in rows.items():
-                mine[key] = mine.get(key, frozenset()) | numbers
+                found[key] = found.get(key, frozenset()) | numbers
     return found
 
 
-def included_to_data(included: Included) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """JSON values: by layer, pairs of table rows and the units in their sums."""
-    found: dict[str, dict[frozenset[int], list[int]]] = {}
-    for (layer, row), numbers in sorted(included.items()):
+def included_to_data(included: Included) -> list[tuple[int, int, list[int], list[int]]]:
+    """JSON values: part, layer, table rows, and the units in the sums of all of these."""
+    found: dict[tuple[int, int, frozenset[int]], list[int]] = {}
+    for (part, layer, row), numbers in sorted(included.items()):
         if numbers:
-            found.setdefault(str(layer), {}).setdefault(numbers, []).append(row)
-    return {
-        layer: [(rows, sorted(numbers)) for numbers, rows in groups.items()]
-        for layer, groups in found.items()
-    }
+            found.setdefault((part, layer, numbers), []).append(row)
+    return [(part, layer, rows, sorted(units)) for (part, layer, units), rows in found.items()]
 
 
 def included_from_data(plain: Any) -> dict[ParameterKey, frozenset[int]]:
@@ -117,9 +112,7 @@ def included_from_data(plain: Any) -> dict[ParameterKey, frozenset[int]]:
         ValueError: it is not what that returns.
     """
     return {
-        (int(layer), row): numbers
-        for layer, groups in of_kind(plain, _AsData).items()
-        for rows, listed in groups
-        for numbers in [frozenset(listed)]
+        (part, layer, row): frozenset(units)
+        for part, layer, rows, units in of_kind(plain, _AsData)
         for row in rows
     }

@@ -50,6 +50,7 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
         precision=config.train.precision,
         recompute=recompute,
         vocab_chunk=config.train.vocab_chunk,
+        shards=config.numerics.tensor_shards,
     )
 
 
@@ -68,7 +69,7 @@ def context_exchange(config: RunConfig) -> Literal["heads", "keys"]:
     parallel = config.parallel
     if parallel.context_exchange != "auto":
         return parallel.context_exchange
-    divides = config.model.heads % (parallel.tensor * parallel.context) == 0
+    divides = config.model.heads % (config.tensor_parts * parallel.context) == 0
     return "heads" if divides else "keys"
 
 
@@ -86,7 +87,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
     parallel, train = config.parallel, config.train
     return make_plan(
         layers,
-        parallel.mesh,
+        config.mesh,
         virtual=parallel.virtual,
         schedule=parallel.schedule,
         micro_batches=train.global_batch // train.micro_batch,

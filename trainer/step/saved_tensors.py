@@ -39,7 +39,9 @@ def saved_tensors(
         from_shadows: take weights, too, from each block's first shadow if it has one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    holders, savers, owners = _Holders(dict), _Holders(dict), _Holders(dict)
+    holders, savers = _Holders(dict), _Holders(dict)
+    parts: defaultdict[str, dict[Box, int]] = defaultdict(dict)
+    owners: defaultdict[str, dict[Box, int]] = defaultdict(dict)
     for index, blocks in enumerate(plan.blocks):
         for block, owner in zip(blocks, plan.owners[index], strict=True):
             spec = plan.spec_of(block)
@@ -49,15 +51,18 @@ def saved_tensors(
             holders[spec.name].setdefault(box, {}).update(dict.fromkeys(keeping))
             shadows = plan.shadows[index][block.index] if from_shadows and plan.shadows else ()
             savers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
-            owners[spec.name].setdefault(box, {})[owner] = None
-    kept = {name: _parts(savers[name], owners[name] if from_shadows else {}) for name in shapes}
+            parts[spec.name][box], owners[spec.name][box] = index, owner
+    kept = {
+        name: _parts(savers[name], parts[name], owners[name] if from_shadows else {})
+        for name in shapes
+    }
     weights = [
         SavedTensor(
             name,
             WEIGHT,
             form.precision.stored,
             shape,
-            kept[name] if from_shadows else _parts(holders[name], {}),
+            kept[name] if from_shadows else _parts(holders[name], parts[name], {}),
             whole=True,
         )
         for name, shape in shapes.items()
@@ -89,10 +94,14 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
     ]
 
 
-def _parts(boxes: Mapping[Box, _Ranks], apart: Mapping[Box, _Ranks]) -> tuple[HeldBox, ...]:
-    """The boxes with their ranks in the order of the replicas, by which columns are joined."""
+def _parts(boxes: Mapping[Box, _Ranks], *apart: Mapping[Box, int]) -> tuple[HeldBox, ...]:
+    """The boxes with their ranks in the order of the replicas, by which columns are joined.
+
+    Args:
+        apart: neighbours that differ in one of these lie apart in memory.
+    """
     return tuple(
-        HeldBox(box, tuple(ranks), tuple(sorted(apart.get(box, ()))))
+        HeldBox(box, tuple(ranks), tuple(found[box] for found in apart if box in found))
         for box, ranks in boxes.items()
     )
 
@@ -113,9 +122,8 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
 
 def _kept_weights(plan: Plan, rank: int) -> Iterator[tuple[str, Box]]:
     """The weights that a rank keeps: whole segments, or the blocks of its share."""
-    part = plan.part_of(rank)
     for layer in (layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)):
-        for row, spec in enumerate(plan.layers[layer].parameters[part]):
+        for _, part, row, spec in plan.rows_of(rank, layer):
             if not shards(plan, "parameters"):
                 yield spec.name, spec.box
                 continue

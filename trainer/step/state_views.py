@@ -76,13 +76,16 @@ class TrainingState:
         self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
         for segment in sorted(buffer.segments, key=lambda s: s.spec.tied_use):
             self._segments[segment.spec.name].append(segment)
-        self._rows: defaultdict[str, list[_KeptRows]] = defaultdict(list)
+        self._rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
+        self._rows_of: defaultdict[str, list[_KeptRows]] = defaultdict(list)
         place = 0
         for number, block in enumerate(optimizer.owned):
             spec = block.segment.spec
             first_row = spec.box.start[0] + block.block.row_start
             last_row = spec.box.start[0] + block.block.row_stop
-            self._rows[spec.name].append(_KeptRows(first_row, last_row, number, place))
+            rows = _KeptRows(first_row, last_row, number, place)
+            self._rows[spec.name, _columns(spec.box)].append(rows)
+            self._rows_of[spec.name].append(rows)
             place += block.block.elements
         self._shadows = shadows
         self._numbers = block_numbers(optimizer, shadows)
@@ -94,8 +97,8 @@ class TrainingState:
             self._shadowed_rows[spec.name, _columns(box)].append(
                 _KeptRows(box.start[0], box.stop[0], number, block.start)
             )
-        for rows in self._shadowed_rows.values():
-            rows.sort(key=lambda found: found.first)
+        for shadowed in self._shadowed_rows.values():
+            shadowed.sort(key=lambda found: found.first)
 
     def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
         """The kind and the block of a box's saved copy; None if the box is not shadowed here."""
@@ -117,7 +120,7 @@ class TrainingState:
                 for segment in self._segments[name]
                 if (view := _kept_view(self._buffer, segment, box)) is not None
             ]
-        rows = self._rows[base]
+        rows = self._rows[base, _columns(box)]
         at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
         row_elements = box.elements // box.shape[0]
         start = at.place + (box.start[0] - at.first) * row_elements
@@ -143,7 +146,7 @@ class TrainingState:
         if shadow is not None:
             return shadow[1].number
         kind, _, base = piece.name.partition(".")
-        rows = self._rows.get(base if kind in self._state else piece.name, [])
+        rows = self._rows_of.get(base if kind in self._state else piece.name, [])
         first, last = piece.box.start[0], piece.box.stop[0]
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
         return self._numbers.of_owned(min(overlapping, default=self._numbers.owned))
@@ -159,6 +162,8 @@ class TrainingState:
 
 def _kept_view(buffer: ParameterBuffer, segment: Segment, box: Box) -> Tensor | None:
     """A box of a segment among the parameters that a rank keeps; None if it is not all there."""
+    if not segment.spec.box.contains(box):
+        return None  # it is in another part of the tensor
     rows, *columns = box.relative_to(segment.spec.box).slices
     row_elements = segment.spec.row_elements
     start = segment.offset + rows.start * row_elements

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
@@ -52,7 +52,7 @@ from holdfast.trainer.step.hooks import AtPhase, no_hook
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
-from holdfast.trainer.step.partial_sums import Included, IncludedByPart
+from holdfast.trainer.step.partial_sums import Included
 from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
 from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
@@ -241,7 +241,7 @@ class Training:
         program = self._program
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             program = self._rest_of(step)
-        self.optimizer.begin_step(self.model.offers(program[0]), lambda: at(step + 1, "exchange"))
+        self.optimizer.begin_step(self._offers(program[0]), lambda: at(step + 1, "exchange"))
         with self._layers_of(
             partial(training_program, self.plan), lambda: at(step + 1, "prefetch")
         ):
@@ -249,6 +249,10 @@ class Training:
                 return self.executor.run(*program)
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
+
+    def _offers(self, program: Program) -> dict[nn.Parameter, int]:
+        """The number of gradients that each parameter is offered by a program."""
+        return self.model.offers(program, self.plan.parts_of(self.rank))
 
     @contextmanager
     def _layers_of(
@@ -279,12 +283,12 @@ class Training:
             raise error
         self.offloader.abort(str(error))
         self.executor.run_weight_parts()
-        included = {0: self._in_flight.included(self._last_losses)}
+        included = self._in_flight.included(self._last_losses)
         self._in_flight.resume(step, included, self._in_flight)
         self._start(step, self.data, training=True)
         self._in_flight.begin(step, lambda: None)
         program = self._rest_of(step)
-        self.optimizer.go_on(self.model.offers(program[0]))
+        self.optimizer.go_on(self._offers(program[0]))
         return self.executor.run(*program)
 
     def to_compute(self, step: int) -> frozenset[int]:
@@ -305,7 +309,7 @@ class Training:
         self.executor.run_weight_parts()
         return self._in_flight.included(self._last_losses)
 
-    def resume_step(self, step: int, included: IncludedByPart, before: Training | None) -> None:
+    def resume_step(self, step: int, included: Included, before: Training | None) -> None:
         """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
 
         Args:

@@ -148,7 +148,7 @@ class _Places:
         """The place of each block with the second use of a tied weight kept here."""
         self._segments: dict[BlockKey, Segment] = {}
         self._second_segments: dict[BlockKey, Segment] = {}
-        for segment, block in placed_blocks(plan, rank, buffer.segments):
+        for segment, block in placed_blocks(plan, buffer.segments):
             if rank in keepers(plan, block, kept, segment.layer):
                 second = segment.spec.tied_use
                 (self.second if second else self.first)[block.key] = span_of(block, segment)
@@ -217,13 +217,10 @@ def _follows(block: Block, following: Block) -> bool:
     )
 
 
-def placed_blocks(
-    plan: Plan, rank: int, segments: Iterable[Segment]
-) -> Iterator[tuple[Segment, Block]]:
+def placed_blocks(plan: Plan, segments: Iterable[Segment]) -> Iterator[tuple[Segment, Block]]:
     """Each block with each of a rank's segments that uses it. Pure."""
-    part = plan.part_of(rank)
     for segment in segments:
-        for block in plan.blocks_of(segment.layer, part, segment.spec_index):
+        for block in plan.blocks_of(segment.layer, segment.row.part, segment.row.index):
             yield segment, block
 
 

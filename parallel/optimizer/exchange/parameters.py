@@ -73,7 +73,10 @@ class ParameterArrival:
     def watch(self, module: nn.Module) -> None:
         """Wait before each forward pass of a part of `module` for the parameters it uses itself."""
         for part in module.modules():
-            own = tuple(part.parameters(recurse=False))
+            if isinstance(part, nn.ParameterList):
+                continue  # it has no forward pass: its parameters are those of the module around it
+            lists = [each for each in part.children() if isinstance(each, nn.ParameterList)]
+            own = tuple(p for each in (part, *lists) for p in each.parameters(recurse=False))
             if own:
                 part.register_forward_pre_hook(lambda *_, own=own: self.use(own))
 

@@ -44,7 +44,7 @@ def kept_spans(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Sequence[Segm
     def find(segments: Sequence[Segment]) -> KeptSpans:
         spans = [
             span_of(block, segment)
-            for segment, block in placed_blocks(plan, rank, segments)
+            for segment, block in placed_blocks(plan, segments)
             if rank in keepers(plan, block, kept, segment.layer)
             or (kept == "gradients" and is_whole(plan, block))
         ]
@@ -63,7 +63,7 @@ def layer_shares(
     members = frozenset(shard_group(plan, rank, kept).ranks)
     spans: dict[int, dict[int, list[Span]]] = {}
     parameters: dict[int, dict[nn.Parameter, None]] = {}
-    for segment, block in placed_blocks(plan, rank, buffer.segments):
+    for segment, block in placed_blocks(plan, buffer.segments):
         if kept == "gradients" and is_whole(plan, block):
             continue
         (keeper,) = members.intersection(keepers(plan, block, kept, segment.layer))

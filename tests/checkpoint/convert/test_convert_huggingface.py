@@ -128,7 +128,7 @@ def logits_of(config: RunConfig, folder: Path, tokens: torch.Tensor) -> torch.Te
         micro_batch=3,
         seed=1,
     )
-    buffer = ParameterBuffer(ours.named_specs())
+    buffer = ParameterBuffer(ours.rows())
     weights = {s.spec.name: buffer.view(buffer.values, s) for s in buffer.segments}
     load(folder, weights)
     for segment in buffer.segments:

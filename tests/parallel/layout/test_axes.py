@@ -123,7 +123,7 @@ def test_layers_of_another_number_of_parts_are_refused(axis: Axis) -> None:
 def test_ranks_along_an_axis_that_splits_no_parameters_hold_the_same_blocks(axis: Axis) -> None:
     plan = plan_with(2)
     assert plan.configured_mesh.shards_of_part == ((0, 2), (1, 3))
-    assert [plan.part_of(rank) for rank in range(8)] == [0, 1] * 4
+    assert [plan.parts_of(rank) for rank in range(8)] == [(0,), (1,)] * 4
     assert plan.blocks == first_plan(tensor=2).blocks
     for block in (block for blocks in plan.blocks for block in blocks):
         stage, part = plan.stage_of_layer(block.layer), block.part

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from holdfast.parallel.layout.boxes import Box
-from holdfast.parallel.layout.parameters import Initial, ParameterSpec
+from holdfast.parallel.layout.parameters import HeldRow, Initial, ParameterSpec
 from holdfast.parallel.optimizer.accumulator import (
     NONFINITE,
     OUT_OF_RANGE,
@@ -38,7 +38,7 @@ def buffer_of(*parameters: nn.Parameter) -> ParameterBuffer:
             decay=False,
             copies=(0,),
         )
-        rows.append((number, spec, parameter))
+        rows.append((HeldRow(number, 0, 0, spec), parameter))
     return ParameterBuffer(rows)
 
 

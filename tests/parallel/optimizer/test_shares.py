@@ -177,7 +177,7 @@ def test_kept_spans_find_what_is_kept_and_refuse_what_is_not(
 def test_a_buffer_of_a_share_has_no_memory_for_the_rest() -> None:
     plan = plan_of("shared in groups", tied=True)
     whole = buffer_of(plan, 0)
-    rows = [(s.layer, s.spec, s.parameter) for s in whole.segments]
+    rows = [(s.row, s.parameter) for s in whole.segments]
     part = ParameterBuffer(rows, keep=kept_spans(plan, 0, "parameters"))
     assert part.elements == whole.elements
     assert part.values.numel() <= 0.6 * whole.elements

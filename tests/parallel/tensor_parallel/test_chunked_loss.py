@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from holdfast.parallel.layout import Box, Initial, ParameterSpec
+from holdfast.parallel.layout import Box, HeldRow, Initial, ParameterSpec
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.pipeline import WeightGradientQueue
@@ -37,7 +37,7 @@ def loss_of(
 ) -> Tensor:
     tp = TensorParallel(None, False)
     queue = queue or WeightGradientQueue()
-    return chunked_cross_entropy_sum(value, weight, queue, targets, 0, tp, chunk)
+    return chunked_cross_entropy_sum(value, [weight], queue, targets, [0], tp, chunk)
 
 
 def expected(dtype: torch.dtype, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +86,8 @@ def accumulating(weight: nn.Parameter, *, exact: bool) -> tuple[GradientAccumula
         decay=True,
         copies=(0,),
     )
-    buffer = ParameterBuffer([(0, spec, weight)], dtype=weight.dtype, device=torch.device("cpu"))
+    row = HeldRow(0, 0, 0, spec)
+    buffer = ParameterBuffer([(row, weight)], dtype=weight.dtype, device=torch.device("cpu"))
     queue = WeightGradientQueue()
     sums = GradientAccumulator(buffer, exact=exact, fraction_bits=44, queues=[queue])
     return sums, queue
@@ -105,11 +106,11 @@ def test_a_split_backward_pass_gives_the_same_bits(dtype: torch.dtype, exact: bo
             if deferred:
                 with queue.deferred() as kept:
                     loss.backward(torch.tensor(SCALE, dtype=torch.float64))
-                assert not sums.included.get(weight, set()) & {micro_batch}
+                assert (micro_batch, 0) not in sums.included.get(weight, ())
                 queue.run(kept)
             else:
                 loss.backward(torch.tensor(SCALE, dtype=torch.float64))
-        assert sums.included == {weight: {0, 1}}
+        assert sums.included == {weight: {(0, 0), (1, 0)}}
         assert weight.grad is None
         assert value.grad is not None
         found.append((value.grad, sums.sums.clone()))

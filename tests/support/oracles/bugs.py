@@ -21,7 +21,10 @@ from holdfast.parallel.optimizer.exchange.gradients import GradientExchange
 from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire
 from holdfast.parallel.pipeline import executor as pipeline
 from holdfast.parallel.pipeline.model_chunk import MicroBatchContext, WeightGradientQueue
-from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
+from holdfast.parallel.tensor_parallel import linear, split, vocab as vocabulary
+from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.parallel.tensor_parallel.strips import WholeRows
+from holdfast.parallel.tensor_parallel.sums import tree_sum
 from holdfast.trainer.models.llama import modules as llama
 from holdfast.trainer.step import planning, training
 from holdfast.trainer.step.micro_batches import MicroBatches
@@ -95,28 +98,41 @@ def tied_weight_counted_twice() -> Iterator[None]:
         yield
 
 
+def _own_partials(self: TensorParallel, product: Any, rows: int) -> Any:
+    """The sum of a rank's own parts, without the other ranks'."""
+    return lambda: tree_sum(product(slice(0, rows)))
+
+
 @contextmanager
 def copy_to_group_without_all_reduce() -> Iterator[None]:
-    """The identity before a column-parallel layer forgets its backward all-reduce."""
-    with mock.patch.object(tensor, "copy_to_group", lambda value, group: value):
+    """The backward pass of a column-parallel layer forgets its all-reduce."""
+    original = linear._ColumnLinear.backward
+
+    def forgetting(ctx: Any, *gradients: Any) -> Any:
+        with mock.patch.object(TensorParallel, "leaving", _own_partials):
+            return original(ctx, *gradients)
+
+    with mock.patch.object(linear._ColumnLinear, "backward", staticmethod(forgetting)):
         yield
 
 
 @contextmanager
 def row_parallel_without_sum() -> Iterator[None]:
     """A row-parallel layer keeps its partial output."""
-    with mock.patch.object(tensor, "sum_over_group", lambda value, group: value):
+    original = linear._RowLinear.forward
+
+    def forgetting(ctx: Any, *arguments: Any) -> Any:
+        with mock.patch.object(TensorParallel, "leaving", _own_partials):
+            return original(ctx, *arguments)
+
+    with mock.patch.object(linear._RowLinear, "forward", staticmethod(forgetting)):
         yield
 
 
 @contextmanager
 def row_parallel_scatter_without_sum() -> Iterator[None]:
-    """The reduce-scatter takes this rank's part without adding the others'."""
-
-    def own_part(value: torch.Tensor, group: Any) -> torch.Tensor:
-        return value.chunk(group.size)[group.index].contiguous()
-
-    with mock.patch.object(tensor, "scatter_sum", own_part):
+    """The reduce-scatter takes the first rank's part without adding the others'."""
+    with mock.patch.object(split, "sum_in_order", lambda parts: parts[0]):
         yield
 
 
@@ -124,11 +140,16 @@ def row_parallel_scatter_without_sum() -> Iterator[None]:
 def gradient_summed_once_too_often() -> Iterator[None]:
     """The sum over the group is also taken in backward."""
 
-    def summed_twice(value: torch.Tensor, group: Any) -> torch.Tensor:
-        return tensor.copy_to_group(original(value, group), group)
+    def summed(self: TensorParallel, value: torch.Tensor) -> WholeRows:
+        return WholeRows(self.sum([value.clone()]))
 
-    original = tensor.sum_over_group
-    with mock.patch.object(tensor, "sum_over_group", summed_twice):
+    original = linear._RowLinear.backward
+
+    def summing(ctx: Any, gradient: Any) -> Any:
+        with mock.patch.object(TensorParallel, "arriving", summed):
+            return original(ctx, gradient)
+
+    with mock.patch.object(linear._RowLinear, "backward", staticmethod(summing)):
         yield
 
 
@@ -137,8 +158,8 @@ def cross_entropy_over_local_vocabulary() -> Iterator[None]:
     """The loss normalises over this rank's part of the vocabulary only."""
     original = llama.cross_entropy_sum
 
-    def local(logits: Any, targets: Any, first_row: int, group: Any, ignored: Any) -> torch.Tensor:
-        return original(logits, targets, first_row, None, ignored)
+    def local(logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any) -> torch.Tensor:
+        return original(logits, targets, first_rows, TensorParallel(None, False), ignored)
 
     with mock.patch.object(llama, "cross_entropy_sum", local):
         yield
@@ -148,8 +169,8 @@ def cross_entropy_over_local_vocabulary() -> Iterator[None]:
 def vocabulary_split_rounded_down() -> Iterator[None]:
     """A vocabulary that does not divide: embedding rows looked up at the rounded-down start."""
 
-    def rounded(tokens: Any, weight: Any, queue: Any, first_row: int) -> torch.Tensor:
-        return vocabulary.embed(tokens, weight, queue, max(0, first_row - 1))
+    def rounded(tokens: Any, weights: Any, queue: Any, first_rows: Any) -> torch.Tensor:
+        return vocabulary.embed(tokens, weights, queue, [max(0, row - 1) for row in first_rows])
 
     with mock.patch.object(llama, "embed", rounded):
         yield
@@ -158,7 +179,7 @@ def vocabulary_split_rounded_down() -> Iterator[None]:
 @contextmanager
 def dropout_equal_on_sequence_shards() -> Iterator[None]:
     """Every sequence shard draws the first shard's mask."""
-    with mock.patch.object(tensor.TensorParallel, "element_offset", return_value=0):
+    with mock.patch.object(TensorParallel, "element_offset", return_value=0):
         yield
 
 

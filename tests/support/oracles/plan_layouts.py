@@ -10,11 +10,10 @@ def parameter_layout(plan: Plan) -> Layout:
     """Which boxes of which logical tensors each rank's parameters are."""
     holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
     for rank in plan.stage_replicas.ranks:
-        index = plan.part_of(rank)
         mine = holdings.setdefault(rank, {})
         for chunk in plan.chunks_of(rank):
             for layer in plan.layers_of(chunk):
-                for spec in plan.layers[layer].parameters[index]:
+                for *_, spec in plan.rows_of(rank, layer):
                     mine[spec.name] = tuple({*mine.get(spec.name, ()), spec.box})
     return Layout(holdings)
 

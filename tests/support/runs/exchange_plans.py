@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.parallel.layout import HeldRow
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.plan import Plan, Roster, make_plan, replan
@@ -63,13 +64,13 @@ def after_a_loss(plan: Plan) -> Plan:
 
 
 def buffer_of(plan: Plan, rank: int) -> ParameterBuffer:
-    index, rows = plan.part_of(rank), []
+    rows: list[tuple[HeldRow, nn.Parameter]] = []
     for chunk in plan.chunks_of(rank):
         for layer in plan.layers_of(chunk):
-            specs = plan.layers[layer].parameters[index]
-            sizes: Counter[str] = Counter()
-            for spec in specs:
-                sizes[spec.local] += spec.elements
-            local = {name: nn.Parameter(torch.empty(size)) for name, size in sizes.items()}
-            rows += [(layer, spec, local[spec.local]) for spec in specs]
+            held = plan.rows_of(rank, layer)
+            sizes: Counter[tuple[int, str]] = Counter()
+            for row in held:
+                sizes[row.part, row.spec.local] += row.spec.elements
+            local = {key: nn.Parameter(torch.empty(size)) for key, size in sizes.items()}
+            rows += [(row, local[row.part, row.spec.local]) for row in held]
     return ParameterBuffer(rows)

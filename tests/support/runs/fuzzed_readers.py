@@ -82,7 +82,7 @@ def _messages() -> dict[str, Reader]:
     )
     event = MembershipEvent("waiting", replaced, "a cause", 1.5, "a", 4, "0-1,3.2")
     outcome = Outcome(2.5, 1.0, 0, 0)
-    status = WorkerStatus(3, 4, 7, 6, 5, outcome=outcome, included={(2, 1): frozenset({0, 3})})
+    status = WorkerStatus(3, 4, 7, 6, 5, outcome=outcome, included={(0, 2, 1): frozenset({0, 3})})
     plan = first_plan()
     return {
         "report": Reader(

@@ -91,13 +91,13 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
 
-    def logits(self, value: Tensor) -> Tensor:
-        return F.linear(value, self.weight)
+    def logits(self, value: Tensor) -> list[Tensor]:
+        return [F.linear(value, self.weight)]
 
     def forward(self, values: list[Tensor], context: MicroBatchContext) -> list[Tensor]:
         assert context.batch is not None
         (value,) = values
-        logits = self.logits(value).double().flatten(0, 1)
+        logits = self.logits(value)[0].double().flatten(0, 1)
         return [F.cross_entropy(logits, context.batch.targets.t().flatten(), reduction="sum")]
 
 
@@ -112,11 +112,11 @@ def modules(model: TokenMLPConfig, context: ChunkContext) -> Callable[[int, Laye
     return build
 
 
-def problems(model: TokenMLPConfig, tensor: int) -> Iterator[str]:
+def problems(model: TokenMLPConfig, parts: int, key: str) -> Iterator[str]:
     if model.expansion < 1:
         yield f"model.expansion = {model.expansion}: must be 1 or more"
-    if tensor > 1:
-        yield f"parallel.tensor = {tensor}: token-mlp has no tensor-parallel form; set it to 1"
+    if parts > 1:
+        yield f"{key} = {parts}: token-mlp has no tensor-parallel form; set it to 1"
 
 
 def config_json(model: TokenMLPConfig, seq_len: int, dtype: str) -> Mapping[str, Any]:

@@ -39,8 +39,8 @@ def test_unset_sizes_are_those_that_fit_the_width(
 def test_every_even_width_has_sizes_without_a_problem() -> None:
     for hidden in (*range(2, 700, 2), 1536, 2560, 3072, 5120, 8192, 2**20):
         found = model(hidden)
-        assert list(family_of("llama").problems(found, 1)) == [], found
-    assert "needs an even one" in next(family_of("llama").problems(model(97), 1))
+        assert list(family_of("llama").problems(found, 1, "parallel.tensor")) == [], found
+    assert "needs an even one" in next(family_of("llama").problems(model(97), 1, "parallel.tensor"))
 
 
 def test_sizes_that_are_set_stay_and_others_follow_them() -> None:

@@ -58,9 +58,7 @@ class Rank:
             weights="unset",
         )
         [chunk] = made.values()
-        self.buffer = ParameterBuffer(
-            chunk.named_specs(), dtype=torch.float32, device=torch.device("cpu")
-        )
+        self.buffer = ParameterBuffer(chunk.rows(), dtype=torch.float32, device=torch.device("cpu"))
         self.accumulator = GradientAccumulator(self.buffer, exact=True, fraction_bits=30)
         self.model = ModelParts({0: chunk}, self.buffer, self.accumulator, ParameterArrival())
         self.halves: list[int] = []
@@ -96,7 +94,7 @@ def test_what_was_added_is_included(rank: Rank) -> None:
     included = rank.step.included(losses(0, 2))
     assert len(included) == len(rank.buffer.segments)
     by_parameter = {
-        part.parameter: included[part.layer, part.spec_index] for part in rank.buffer.segments
+        part.parameter: included[0, part.layer, part.row.index] for part in rank.buffer.segments
     }
     assert by_parameter.pop(head) == {0, 2}
     assert set(by_parameter.values()) == {frozenset({2})}
@@ -108,7 +106,7 @@ def test_a_resumed_step_skips_what_its_sums_include(rank: Rank) -> None:
     included = rank.step.included(losses(2))
     sums = rank.accumulator.sums.clone()
     following = rank.under_the_next_plan()
-    following.resume(7, {0: included}, rank.step)
+    following.resume(7, included, rank.step)
     assert following.missing(7, MICRO_BATCHES) == {0, 1, 3}
     assert following.missing(8, MICRO_BATCHES) == {0, 1, 2, 3}
     rank.step = following
@@ -124,7 +122,7 @@ def test_losses_of_an_interrupted_step_are_reported_again(rank: Rank) -> None:
     rank.backward(2)
     included = rank.step.included(losses(0, 2))  # micro-batch 0 has no backward pass yet
     following = rank.under_the_next_plan()
-    following.resume(7, {0: included}, rank.step)
+    following.resume(7, included, rank.step)
     rank.step = following
     rank.begin(7)
     assert following.reported(losses(0, 1, 3)) == losses(0, 1, 2, 3)
@@ -135,7 +133,7 @@ def test_a_rank_without_the_sums_does_not_report_what_another_reports(rank: Rank
     rank.backward(2)
     included = rank.step.included(None)
     newcomer = Rank()
-    newcomer.step.resume(7, {0: included}, None)
+    newcomer.step.resume(7, included, None)
     newcomer.begin(7)
     assert newcomer.step.reported(losses(1, 2)) == losses(1)
 
@@ -145,7 +143,7 @@ def test_the_next_step_begins_with_empty_sums(rank: Rank) -> None:
     rank.backward(0)
     sums = rank.accumulator.sums.clone()
     assert sums.any()
-    rank.step.resume(7, {0: rank.step.included(losses(0))}, rank.step)
+    rank.step.resume(7, rank.step.included(losses(0)), rank.step)
     assert rank.begin(8) is False
     rank.backward(0)
     assert torch.equal(rank.accumulator.sums, sums)

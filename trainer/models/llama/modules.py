@@ -1,4 +1,4 @@
-"""The Llama family's modules, for one tensor-parallel rank.
+"""The Llama family's modules, for the parts of the layers that one tensor-parallel rank has.
 
 The architecture is Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et
 al. 2021, in Hugging Face's half-rotation form), grouped-query attention (Ainslie et al. 2023),
@@ -10,6 +10,7 @@ Exact-mode safe: a layer's arithmetic depends neither on its chunk nor on the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +23,15 @@ from holdfast.parallel.layout import LayerSpec, even_range
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import (
     TensorParallel,
+    Weight,
     chunked_cross_entropy_sum,
+    column_linear,
     cross_entropy_sum,
     embed,
     in_slice,
+    of_parts,
+    row_linear,
+    sum_partials,
 )
 from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.family import ChunkContext
@@ -38,6 +44,7 @@ from holdfast.trainer.models.llama.regions import (
     heads_of,
     norm,
 )
+from holdfast.trainer.models.llama.table import shares_heads
 from holdfast.trainer.models.section import ModelConfig
 
 _Region = Callable[..., Tensor]
@@ -92,18 +99,57 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self._norm = choose(norm)
 
-    def forward(self, value: Tensor, queue: WeightGradientQueue | None = None) -> Tensor:
+    def forward(self, value: Tensor, queues: Sequence[WeightGradientQueue] = ()) -> Tensor:
         """The value, normed.
 
         Args:
-            queue: the queue of its slice if there are several; None: autograd has the gradient.
+            queues: the queues of the runs of its tokens that have a gradient each, of equal
+                length; none: autograd has the gradient.
         """
-        weight = self.weight if queue is None else in_slice(self.weight, queue)
-        return self._norm(value, weight, self.eps)
+        if not queues:
+            return self._norm(value, self.weight, self.eps)
+        # Also of one run, autograd adds the gradients of a run before those of other uses.
+        normed = [
+            self._norm(tokens, in_slice(self.weight, queue), self.eps)
+            for tokens, queue in zip(value.chunk(len(queues)), queues, strict=True)
+        ]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionCore:
+    """Attention between the projections of one part."""
+
+    rotary: RotaryTables
+    split: ContextParallel
+    heads: tuple[int, int]
+    """The query heads, and the key and value heads."""
+    attend: _Region
+    recomputes: bool
+
+    def mixed(self, projected: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
+        """Attention of each own slice."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(
+                self._mixed, context, *projected, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._mixed(context, *projected)
+
+    def _mixed(self, context: MicroBatchContext, *projected: Tensor) -> list[Tensor]:
+        """The same; tensors are arguments by themselves, so that they may be offloaded."""
+        documents = None if context.batch is None else context.batch.documents
+        if context.slices.count > 1:
+            return attend_sliced(
+                projected, self.rotary, self.split, context.slices, documents, *self.heads
+            )
+        (whole,) = projected
+        if documents is not None:  # of another number and other lengths in every batch
+            return [attend_within(whole, self.rotary, documents, *self.heads)]
+        return [self.attend(whole, *self.rotary, *self.heads)]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over this rank's heads."""
+    """Grouped-query attention over the heads of this rank's parts."""
 
     def __init__(
         self,
@@ -116,62 +162,77 @@ class Attention(nn.Module):
         context: ContextParallel,
     ) -> None:
         super().__init__()
-        self._tp, self._queue, self._rotary, self._context = tp, queue, rotary, context
-        self._heads = heads_of(model, tp.size)
-        self._recompute_core = recompute_core
-        self._attend = choose(attend)
-        heads, kv_heads = self._heads
-        dim = model.dim_per_head
-        self.qkv = nn.Parameter(torch.empty((heads + 2 * kv_heads) * dim, model.hidden))
-        self.output = nn.Parameter(torch.empty(model.hidden, heads * dim))
+        self._tp, self._queue = tp, queue
+        heads, kv_heads = heads_of(model, tp.parts)
+        self._core = _AttentionCore(
+            rotary, context, (heads, kv_heads), choose(attend), recompute_core
+        )
+        dim, hidden, own = model.dim_per_head, model.hidden, tp.own_parts
+        self._sharing = sharing_parts(model, tp)
+        """The parts of this rank that have each key and value head in common; 0: none, whatever
+        ranks have the parts."""
+        if not self._sharing:
+            self.qkv = _stack(len(own), (heads + 2 * kv_heads) * dim, hidden)
+        else:
+            self.query = _stack(len(own), heads * dim, hidden)
+            self.key = _stack(len(own) // self._sharing, dim, hidden)
+            self.value = _stack(len(own) // self._sharing, dim, hidden)
+        self.output = _stack(len(own), hidden, heads * dim)
 
     def forward(self, values: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
         own, queue = context.slices.own, self._queue
         projected = [
-            self._tp.column_linear(value, self.qkv, queue.of(number))
+            column_linear(value, self._projections(number), self._tp)
             for number, value in zip(own, values, strict=True)
         ]
-        if self._recompute_core and torch.is_grad_enabled():
-            mixed = checkpoint(
-                self._core, context, *projected, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            mixed = self._core(context, *projected)
+        mixed = [self._core.mixed(of_part, context) for of_part in zip(*projected, strict=True)]
         return [
-            self._tp.row_linear(value, self.output, queue.of(number))
-            for number, value in zip(own, mixed, strict=True)
+            row_linear(of_slice, of_parts(self.output, queue.of(number)), self._tp)
+            for number, of_slice in zip(own, zip(*mixed, strict=True), strict=True)
         ]
 
-    def _core(self, context: MicroBatchContext, *projected: Tensor) -> list[Tensor]:
-        """Attention of each own slice; tensors by themselves, which may be offloaded."""
-        documents = None if context.batch is None else context.batch.documents
-        if context.slices.count > 1:
-            return attend_sliced(
-                projected, self._rotary, self._context, context.slices, documents, *self._heads
-            )
-        (whole,) = projected
-        if documents is not None:  # of another number and other lengths in every batch
-            return [attend_within(whole, self._rotary, documents, *self._heads)]
-        return [self._attend(whole, *self._rotary, *self._heads)]
+    def _projections(self, number: int) -> list[list[Weight]]:
+        """The weights of slice `number`, of each own part."""
+        times = self._sharing
+        if not times:
+            queue = self._queue.of(number)
+            return [[weight] for weight in of_parts(self.qkv, queue)]
+        found = []
+        for place, query in enumerate(self.query):
+            # Each part's share of a gradient that parts have in common is added by itself.
+            shared = self._queue.of(number * times + place % times)
+            both = (self.key[place // times], self.value[place // times])
+            found.append([Weight(query, self._queue.of(number)), *of_parts(both, shared)])
+        return found
 
 
 class MLP(nn.Module):
-    """SwiGLU over this rank's part of the intermediate features."""
+    """SwiGLU over the intermediate features of this rank's parts."""
 
     def __init__(
         self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, choose: Choice
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._gate = tp, queue, choose(gate)
-        start, stop = even_range(model.intermediate, tp.size, tp.index)
-        self.gate_up = nn.Parameter(torch.empty(2 * (stop - start), model.hidden))
-        self.down = nn.Parameter(torch.empty(model.hidden, stop - start))
+        sizes = [len(range(*even_range(model.intermediate, tp.parts, k))) for k in tp.own_parts]
+        self.gate_up = nn.ParameterList(torch.empty(2 * size, model.hidden) for size in sizes)
+        self.down = nn.ParameterList(torch.empty(model.hidden, size) for size in sizes)
 
     def forward(self, value: Tensor, number: int = 0) -> Tensor:
         """Of slice `number`."""
         queue = self._queue.of(number)
-        gated = self._gate(self._tp.column_linear(value, self.gate_up, queue))
-        return self._tp.row_linear(gated, self.down, queue)
+        weights = [[weight] for weight in of_parts(self.gate_up, queue)]
+        gated = [self._gate(part) for part in column_linear(value, weights, self._tp)]
+        return row_linear(gated, of_parts(self.down, queue), self._tp)
+
+
+class _Vocabulary(nn.ParameterList):
+    """The rows of the vocabulary that this rank's parts have."""
+
+    def __init__(self, model: ModelConfig, tp: TensorParallel) -> None:
+        ranges = [even_range(model.vocab, tp.parts, part) for part in tp.own_parts]
+        super().__init__(torch.empty(stop - start, model.hidden) for start, stop in ranges)
+        self.first_rows = [start for start, _ in ranges]
 
 
 class Embedding(nn.Module):
@@ -182,8 +243,7 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self._tp, self._queue = tp, queue
-        self._first, stop = even_range(model.vocab, tp.size, tp.index)
-        self.weight = nn.Parameter(torch.empty(stop - self._first, model.hidden))
+        self.weight = _Vocabulary(model, tp)
         self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
 
     def forward(self, values: None, context: MicroBatchContext) -> list[Tensor]:
@@ -192,8 +252,8 @@ class Embedding(nn.Module):
     def _embedded(self, context: MicroBatchContext, number: int) -> Tensor:
         assert context.batch is not None
         tokens, queue = context.batch.tokens.t()[context.slices.tokens(number)], self._queue
-        found = embed(tokens, self.weight, queue.of(number), self._first)
-        return self.dropout(self._tp.sum_partials(found), context, number)
+        found = embed(tokens, list(self.weight), queue.of(number), self.weight.first_rows)
+        return self.dropout(sum_partials(found, self._tp), context, number)
 
 
 class TransformerLayer(nn.Module):
@@ -212,7 +272,7 @@ class TransformerLayer(nn.Module):
         context: ContextParallel,
     ) -> None:
         super().__init__()
-        self._recompute, self._queue = recompute == "full", queue
+        self._recompute, self._queue, self._tp = recompute == "full", queue, tp
         self.attention_norm = RMSNorm(model.hidden, model.norm_eps, choose)
         self.attention = Attention(
             model, tp, queue, rotary, recompute == "selective", choose, context
@@ -230,16 +290,16 @@ class TransformerLayer(nn.Module):
         return self._compute(context, *values)
 
     def _compute(self, context: MicroBatchContext, *values: Tensor) -> list[Tensor]:
-        """All of the layer; tensors by themselves, which may be offloaded."""
-        queues = slice_queues(self._queue, context)
+        """The layer; tensors are arguments by themselves, so that they may be offloaded."""
+        queues = part_queues(self._queue, context, self._tp)
         normed = map(self.attention_norm, values, queues)
         mixed = self.attention(list(normed), context)
         found = []
-        for number, value, added, queue in zip(
+        for number, value, added, by_part in zip(
             context.slices.own, values, mixed, queues, strict=True
         ):
             value = value + self.attention_dropout(added, context, number)
-            added = self.mlp(self.mlp_norm(value, queue), number)
+            added = self.mlp(self.mlp_norm(value, by_part), number)
             found.append(value + self.mlp_dropout(added, context, number))
         return found
 
@@ -257,26 +317,26 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
-        self._first, stop = even_range(model.vocab, tp.size, tp.index)
         self.norm = RMSNorm(model.hidden, model.norm_eps, choose)
-        self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
+        self.projection = _Vocabulary(model, tp)
 
     def logits(
-        self, value: Tensor, number: int = 0, queue: WeightGradientQueue | None = None
-    ) -> Tensor:
-        """This rank's part of the scores: float[seq, batch, vocab / T]. Collective.
+        self, value: Tensor, number: int = 0, queues: Sequence[WeightGradientQueue] = ()
+    ) -> list[Tensor]:
+        """The scores of each own part of the vocabulary: float[seq, batch, rows]. Collective.
 
         Args:
-            number, queue: the slice, and its queue if there are several.
+            number: the slice.
+            queues: as for the norm.
         """
-        normed = self.norm(value, queue)
-        return self._tp.column_linear(normed, self.projection, self._queue.of(number))
+        weights = [[weight] for weight in of_parts(self.projection, self._queue.of(number))]
+        return column_linear(self.norm(value, queues), weights, self._tp)
 
     def forward(self, values: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
-        queues = slice_queues(self._queue, context)
+        queues = part_queues(self._queue, context, self._tp)
         return [
-            self._loss(value, context, number, queue)
-            for number, value, queue in zip(context.slices.own, values, queues, strict=True)
+            self._loss(value, context, number, by_part)
+            for number, value, by_part in zip(context.slices.own, values, queues, strict=True)
         ]
 
     def _loss(
@@ -284,34 +344,57 @@ class Head(nn.Module):
         value: Tensor,
         context: MicroBatchContext,
         number: int,
-        queue: WeightGradientQueue | None,
+        queues: Sequence[WeightGradientQueue],
     ) -> Tensor:
         """The sum of the token losses of one slice."""
         assert context.batch is not None
         targets = context.batch.targets.t()[context.slices.tokens(number)]
         ignored = None if context.batch.documents is None else targets < 0
+        first_rows = self.projection.first_rows
         if self._vocab_chunk:
             return chunked_cross_entropy_sum(
-                self.norm(value, queue),
-                self.projection,
+                self.norm(value, queues),
+                list(self.projection),
                 self._queue.of(number),
                 targets,
-                self._first,
+                first_rows,
                 self._tp,
                 self._vocab_chunk,
                 ignored,
             )
-        logits = self.logits(value, number, queue)
-        return cross_entropy_sum(logits, targets, self._first, self._tp.group, ignored)
+        logits = self.logits(value, number, queues)
+        return cross_entropy_sum(logits, targets, first_rows, self._tp, ignored)
 
 
-def slice_queues(
-    queue: WeightGradientQueue, context: MicroBatchContext
-) -> Sequence[WeightGradientQueue | None]:
-    """Of each own slice, the queue of weights that autograd must not sum; None for one slice."""
-    if context.slices.count == 1:
-        return [None]
-    return [queue.of(number) for number in context.slices.own]
+def sharing_parts(model: ModelConfig, tp: TensorParallel) -> int:
+    """The parts of a rank that have each key and value head in common.
+
+    0 where no parts have: their projections are one matrix. It is one, too, where each rank has a
+    copy for its only part, and sums do not go by parts.
+    """
+    if not shares_heads(model, tp.parts, tp.shards > 1):
+        return 0
+    return min(tp.parts // model.kv_heads, len(tp.own_parts))
+
+
+def part_queues(
+    queue: WeightGradientQueue, context: MicroBatchContext, tp: TensorParallel
+) -> Sequence[Sequence[WeightGradientQueue]]:
+    """Of each own slice, the queues of weights that autograd must not sum; none: it may.
+
+    A norm has a gradient for each own part, which is that of as many tokens.
+    """
+    parts = len(tp.own_parts)
+    if context.slices.count == tp.shards == 1:
+        return [()]
+    return [
+        [queue.of(number * parts + place) for place in range(parts)]
+        for number in context.slices.own
+    ]
+
+
+def _stack(parts: int, rows: int, columns: int) -> nn.ParameterList:
+    return nn.ParameterList(torch.empty(rows, columns) for _ in range(parts))
 
 
 def _as_it_is(region: _Region) -> _Region:

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from holdfast.trainer.models.section import ModelConfig
 
 
-def problems(model: ModelConfig, tensor: int) -> Iterator[str]:
-    """One line per broken rule: the key, its value, what to change. Pure."""
+def problems(model: ModelConfig, parts: int, key: str) -> Iterator[str]:
+    """One line per broken rule: the key, its value, what to change. Pure.
+
+    Args:
+        parts: the parts of each layer.
+        key: the key that has their number.
+    """
     if min(model.heads, model.kv_heads, model.hidden) < 1:
         return
     yield from _head_problems(model)
-    if tensor >= 1:
-        yield from _tensor_problems(model, tensor)
+    if parts >= 1:
+        yield from _part_problems(model, parts, f"{key} = {parts}")
 
 
 def _head_problems(model: ModelConfig) -> Iterator[str]:
@@ -34,16 +39,17 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _tensor_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
-    if model.heads % tensor:
+def _part_problems(model: ModelConfig, parts: int, said: str) -> Iterator[str]:
+    if model.heads % parts:
+        taker = "tensor rank" if said.startswith("parallel.") else "shard"
         yield (
-            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every "
-            "tensor rank takes the same number of heads"
+            f"model.heads = {model.heads} is not divisible by {said}; every {taker} takes the same "
+            "number of heads"
         )
-    elif model.kv_heads % tensor and tensor % model.kv_heads:
+    elif model.kv_heads % parts and parts % model.kv_heads:
         yield (
-            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide "
-            "the other, so that key and value heads are split or shared evenly"
+            f"model.kv_heads = {model.kv_heads} and {said}: one must divide the other, so that key "
+            "and value heads are split or shared evenly"
         )
-    if tensor > min(model.vocab, model.intermediate):
-        yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"
+    if parts > min(model.vocab, model.intermediate):
+        yield f"{said} exceeds model.vocab or model.intermediate; lower it"

@@ -21,19 +21,23 @@ def layer_specs(
     precision: str,
     recompute: str | Sequence[str],
     vocab_chunk: int = 0,
+    shards: int = 1,
 ) -> tuple[LayerSpec, ...]:
-    """Every layer from embedding to head: parameters by tensor-parallel index, and costs. Pure.
+    """Every layer from embedding to head: parameters by part, and costs on a rank. Pure.
 
     Args:
         sequence_parallel: whether hidden states are split over the tensor group.
         precision: a name of `PRECISIONS`.
         recompute: "none", "full" or "selective", of all transformer layers or of each.
-        vocab_chunk: the vocabulary entries of a rank whose logits are in memory at once; 0: all.
+        vocab_chunk: the vocabulary entries of a part whose logits are in memory at once; 0: all.
+        shards: the parts of each layer; 1: one for each rank.
     """
-    if vocab_chunk >= -(-model.vocab // tensor):
+    parts = max(shards, tensor)
+    if vocab_chunk >= -(-model.vocab // parts):
         vocab_chunk = 0
     of_layers = [recompute] * model.layers if isinstance(recompute, str) else recompute
-    tables = [_Table(model, tensor, index, sequence_parallel) for index in range(tensor)]
+    sums_parts = sequence_parallel or shards > 1
+    tables = [_Table(model, parts, index, sums_parts, shards > 1) for index in range(parts)]
     costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
     transformer = [
         LayerSpec(
@@ -68,14 +72,25 @@ def layer_specs(
     return (embedding, *transformer, head)
 
 
+def shares_heads(model: ModelConfig, parts: int, is_sharded: bool) -> bool:
+    """Whether several parts of a rank may have a key and value head in common.
+
+    Queries, keys and values are matrices of their own then, so that a rank has each once.
+    """
+    return is_sharded and model.kv_heads % parts != 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The rows of one tensor-parallel rank."""
+    """The rows of one part."""
 
     model: ModelConfig
-    tensor: int
+    parts: int
     index: int
-    sequence_parallel: bool
+    norms_differ: bool
+    """Whether the norms of each part see other tokens."""
+    is_sharded: bool
+    """Whether one rank may have several parts."""
 
     def embedding(self) -> tuple[ParameterSpec, ...]:
         return (self._vocabulary("model.embed_tokens.weight", "weight", 0),)
@@ -91,11 +106,7 @@ class _Table:
         prefix, dim = f"model.layers.{layer}", model.dim_per_head
         queries = (model.heads * dim, model.hidden)
         keys = (model.kv_heads * dim, model.hidden)
-        share = model.heads // self.tensor * dim
-        q = self._rows(f"{prefix}.self_attn.q_proj.weight", queries, "attention.qkv", 0)
-        kv_rows = self._kv_rows()
-        k = self._kv(f"{prefix}.self_attn.k_proj.weight", keys, share)
-        v = self._kv(f"{prefix}.self_attn.v_proj.weight", keys, share + kv_rows[1] - kv_rows[0])
+        q, k, v = self._projections(f"{prefix}.self_attn", queries, keys)
         wide = (model.intermediate, model.hidden)
         gate = self._rows(f"{prefix}.mlp.gate_proj.weight", wide, "mlp.gate_up", 0)
         up = self._rows(f"{prefix}.mlp.up_proj.weight", wide, "mlp.gate_up", gate.rows)
@@ -111,11 +122,29 @@ class _Table:
             self._columns(f"{prefix}.mlp.down_proj.weight", wide[::-1], "mlp.down"),
         )
 
+    def _projections(
+        self, prefix: str, queries: tuple[int, int], keys: tuple[int, int]
+    ) -> tuple[ParameterSpec, ParameterSpec, ParameterSpec]:
+        names = [f"{prefix}.{which}_proj.weight" for which in ("q", "k", "v")]
+        if shares_heads(self.model, self.parts, self.is_sharded):
+            return (
+                self._rows(names[0], queries, "attention.query", 0),
+                self._kv(names[1], keys, "attention.key", 0),
+                self._kv(names[2], keys, "attention.value", 0),
+            )
+        start, stop = self._kv_rows()
+        share = queries[0] // self.parts
+        return (
+            self._rows(names[0], queries, "attention.qkv", 0),
+            self._kv(names[1], keys, "attention.qkv", share),
+            self._kv(names[2], keys, "attention.qkv", share + stop - start),
+        )
+
     def _normal(self) -> Initial:
         return Initial("normal", self.model.init_std)
 
     def _norm(self, name: str, local: str) -> ParameterSpec:
-        shape, copies = (self.model.hidden,), tuple(range(self.tensor))
+        shape, copies = (self.model.hidden,), tuple(range(self.parts))
         return ParameterSpec(
             name=name,
             shape=shape,
@@ -125,11 +154,11 @@ class _Table:
             initial=Initial("constant", 1.0),
             decay=False,
             copies=copies,
-            summed=copies if self.sequence_parallel and self.tensor > 1 else (),
+            summed=copies if self.norms_differ and self.parts > 1 else (),
         )
 
     def _split(self, size: int) -> tuple[int, int]:
-        return even_range(size, self.tensor, self.index)
+        return even_range(size, self.parts, self.index)
 
     def _vocabulary(self, name: str, local: str, tied_use: int) -> ParameterSpec:
         shape = (self.model.vocab, self.model.hidden)
@@ -150,23 +179,23 @@ class _Table:
     def _kv_rows(self) -> tuple[int, int]:
         """The rows of the key (or value) projection: a part of the heads, or one shared head."""
         model, dim = self.model, self.model.dim_per_head
-        if model.kv_heads % self.tensor == 0:
+        if model.kv_heads % self.parts == 0:
             return self._split(model.kv_heads * dim)
-        head = self.index * model.kv_heads // self.tensor
+        head = self.index * model.kv_heads // self.parts
         return head * dim, (head + 1) * dim
 
-    def _kv(self, name: str, shape: tuple[int, int], local_row: int) -> ParameterSpec:
+    def _kv(self, name: str, shape: tuple[int, int], local: str, local_row: int) -> ParameterSpec:
         start, stop = self._kv_rows()
         copies = (self.index,)
-        if self.model.kv_heads % self.tensor:
-            ranks_per_head = self.tensor // self.model.kv_heads
-            first = self.index // ranks_per_head * ranks_per_head
-            copies = tuple(range(first, first + ranks_per_head))
+        if self.model.kv_heads % self.parts:
+            per_head = self.parts // self.model.kv_heads
+            first = self.index // per_head * per_head
+            copies = tuple(range(first, first + per_head))
         return ParameterSpec(
             name=name,
             shape=shape,
             box=Box((start, 0), (stop, shape[1])),
-            local="attention.qkv",
+            local=local,
             local_row=local_row,
             initial=self._normal(),
             decay=True,

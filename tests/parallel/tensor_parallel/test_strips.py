@@ -1,0 +1,68 @@
+"""Layers that are computed in strips of their tokens: beside communication, or all by one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from holdfast.trainer.check.compare import compare
+from holdfast.trainer.check.reference import run_reference
+from holdfast.trainer.config.rules import problems_of
+from support.processes.cluster import Cluster
+from support.runs.layouts import tiny
+from support.runs.small_runs import make_config, run_training, world_size_of
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strips", [4, 8])
+def test_ranks_and_one_process_compute_strips_with_the_same_bits(
+    cluster: Cluster, strips: int, precision: str
+) -> None:
+    found = []
+    for tensor in (1, 2, 4):
+        config = make_config(
+            model={"layers": 2},
+            train={"steps": 3, "seq_len": 64, "global_batch": 2, "precision": precision},
+            numerics={"tensor_shards": 4, "tensor_strips": strips},
+            parallel={"tensor": tensor},
+        )
+        found.append(run_training(cluster, config))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 4, "pipeline": 2}], ids=str)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_strips_equal_autograd_in_float64(
+    cluster: Cluster, layout: dict[str, Any], shards: int
+) -> None:
+    config = tiny(layout, {})
+    numerics = {"tensor_shards": shards, "tensor_strips": 8}
+    config = msgspec.structs.replace(
+        config, numerics=msgspec.structs.replace(config.numerics, **numerics)
+    )
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+    )
+    assert compare(ranks, run_reference(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("strips", "layout", "said"),
+    [
+        (3, {"tensor": 2}, "is no multiple of parallel.tensor = 2"),
+        (32, {}, "a slice has 16 tokens"),
+        (2, {"sequence_parallel": False}, "needs parallel.sequence_parallel = true"),
+    ],
+)
+def test_what_does_not_fit_is_refused(strips: int, layout: dict[str, Any], said: str) -> None:
+    problems = problems_of(make_config(numerics={"tensor_strips": strips}, parallel=layout))
+    assert any(said in problem for problem in problems), problems

@@ -18,19 +18,15 @@ from support.runs.small_runs import make_config, metrics_of, run_training, world
 
 SHARDS = {"tensor_shards": 4}
 LAYOUTS: list[dict[str, Any]] = [
-    {"tensor": 2},
     {"tensor": 4},
-    {"tensor": 2, "data": 2},
-    {"tensor": 4, "data": 2, "shard": "parameters"},
+    {"tensor": 2, "data": 2, "shard": "parameters"},
     {"tensor": 2, "data": 2, "pipeline": 2, "schedule": "zb-h1"},
     {"tensor": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "data": 2, "shard": "gradients"},
 ]
 IN_SLICES: list[dict[str, Any]] = [
-    {"tensor": 2},
     {"context": 2},
     {"tensor": 2, "context": 2, "data": 2},
     {"tensor": 4, "context": 2, "context_exchange": "keys"},
-    {"tensor": 2, "context": 4, "context_exchange": "keys", "shard": "parameters"},
 ]
 
 
@@ -48,9 +44,7 @@ def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> 
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("precision", "kv_heads"), [("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 2)]
-)
+@pytest.mark.parametrize(("precision", "kv_heads"), [("fp32", 1), ("bf16", 4)])
 def test_layouts_give_the_bits_of_one_process(
     cluster: Cluster, precision: str, kv_heads: int
 ) -> None:
@@ -91,7 +85,7 @@ def test_recompute_changes_no_bit(cluster: Cluster, recompute: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"tensor": 2}, {"tensor": 2, "data": 2, "pipeline": 2}, {"tensor": 4, "context": 2}],
+    [{}, {"tensor": 2, "data": 2, "pipeline": 2}, {"tensor": 4, "context": 2}],
     ids=str,
 )
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -115,7 +109,7 @@ def test_layouts_equal_autograd_in_float64(
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["backward", "reduce", "gather"])
+@pytest.mark.parametrize("phase", ["backward", "gather"])
 def test_a_loss_in_a_tensor_group_changes_no_bit(
     cluster: Cluster, start: Starter, phase: str
 ) -> None:

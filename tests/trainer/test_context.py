@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.config.rules import problems_of
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault
-from support.runs.layouts import tiny
-from support.runs.small_runs import make_config, run_training, world_size_of
+from support.runs.layouts import in_slices, tiny
+from support.runs.small_runs import findings_of, make_config, run_training
 
 LAYOUTS: list[dict[str, Any]] = [
     {"context": 2},
@@ -83,18 +80,8 @@ def test_heads_that_groups_share_and_recompute_keep_the_bits(
 def test_layouts_equal_autograd_in_float64(
     cluster: Cluster, layout: dict[str, Any], packing: str
 ) -> None:
-    config = tiny(layout, {})
-    config = msgspec.structs.replace(
-        config,
-        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=4),
-        data=msgspec.structs.replace(config.data, packing=packing),
-    )
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-    )
-    assert compare(ranks, run_reference(config)) == []
+    config = in_slices(tiny(layout, {}), 4, packing)
+    assert findings_of(cluster, config) == []
 
 
 @pytest.mark.mp

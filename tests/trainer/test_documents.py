@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.parallel.pipeline import Batch, Documents, MicroBatchContext
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.models.chunk import ModelChunk, build_whole_model
 from support.oracles.plain_llama import Packed, PlainLlama, Shape
 from support.processes.cluster import Cluster
 from support.runs.layouts import tiny
-from support.runs.small_runs import make_config, metrics_of, run_training, world_size_of
+from support.runs.small_runs import (
+    findings_of,
+    make_config,
+    metrics_of,
+    run_training,
+    world_size_of,
+)
 
 LENGTHS = [[5, 1, 9, 1], [16], [2, 14]]
 """Of the documents of three sequences of 16."""
@@ -223,14 +227,14 @@ def test_whole_documents_give_the_same_bits_in_every_layout(
 )
 def test_layouts_equal_autograd_in_float64(cluster: Cluster, layout: dict[str, Any]) -> None:
     config = with_documents(tiny(layout, {"layers": 3} if "pipeline" in layout else {}))
-    assert findings(cluster, config) == []
+    assert findings_of(cluster, config) == []
 
 
 @pytest.mark.mp
 @pytest.mark.slow
 def test_a_stage_that_knows_no_documents_is_found(cluster: Cluster) -> None:
     config = with_documents(tiny({"pipeline": 3}, {"layers": 3}))
-    found = findings(cluster, config, bug="stage_without_documents")
+    found = findings_of(cluster, config, "stage_without_documents")
     assert found[0].kind == "activation"
     assert "block.1" in str(found[0])
 
@@ -238,16 +242,6 @@ def test_a_stage_that_knows_no_documents_is_found(cluster: Cluster) -> None:
 def with_documents(config: Any) -> Any:
     data = msgspec.structs.replace(config.data, packing="documents")
     return msgspec.structs.replace(config, data=data)
-
-
-def findings(cluster: Cluster, config: Any, **keys: Any) -> list[Any]:
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        **keys,
-    )
-    return compare(ranks, run_reference(config))
 
 
 @pytest.mark.mp

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from support.processes.cluster import Cluster
-from support.runs.layouts import tiny
-from support.runs.small_runs import world_size_of
+from support.runs.layouts import in_slices, tiny
+from support.runs.small_runs import findings_of
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -78,18 +75,9 @@ IN_SLICES: list[tuple[str, dict[str, Any], str, str]] = [
 def test_bug_of_slices_or_documents_is_found(
     cluster: Cluster, bug: str, layout: dict[str, Any], packing: str, kind: str
 ) -> None:
-    config = tiny(layout, {}, steps=4)
     chunks = 4 if layout.get("context", 1) > 1 else 1
-    config = msgspec.structs.replace(
-        config,
-        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=chunks),
-        data=msgspec.structs.replace(config.data, packing=packing),
-    )
-    plain = msgspec.to_builtins(config)
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout", world_size_of(config), config=plain, bug=bug
-    )
-    findings = compare(ranks, run_reference(config))
+    config = in_slices(tiny(layout, {}, steps=4), chunks, packing)
+    findings = findings_of(cluster, config, bug)
     assert findings[0].kind == kind, [str(finding) for finding in findings]
 
 
@@ -105,11 +93,7 @@ def test_bug_is_found_and_named(
     said: str,
 ) -> None:
     config = tiny(layout, model, steps=4)
-    plain = msgspec.to_builtins(config)
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout", world_size_of(config), config=plain, bug=bug
-    )
-    findings = compare(ranks, run_reference(config))
+    findings = findings_of(cluster, config, bug)
     kinds = [finding.kind for finding in findings]
     assert kind in kinds, [str(finding) for finding in findings]
     lines = [str(finding) for finding in findings if finding.kind == kind]
@@ -120,9 +104,6 @@ def test_bug_is_found_and_named(
 def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     layout = {"pipeline": 2, "virtual": 2, "schedule": "interleaved-1f1b"}
     config = tiny(layout, {}, steps=2)
-    plain = msgspec.to_builtins(config)
-    bug = "messages_in_order_without_tags"
-    ranks = cluster.run("support.runs.small_runs:check_layout", 2, config=plain, bug=bug)
-    assert compare(ranks, run_reference(config)) == [], (
+    assert findings_of(cluster, config, "messages_in_order_without_tags") == [], (
         "receives are posted in the order of the sends: nothing is mixed up even without tags"
     )

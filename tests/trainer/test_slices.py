@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.check.tiny import tiny_config
 from holdfast.trainer.config.rules import problems_of
 from support.processes.cluster import Cluster
-from support.runs.layouts import tiny
-from support.runs.small_runs import make_config, run_training, world_size_of
+from support.runs.layouts import in_slices, tiny
+from support.runs.small_runs import findings_of, make_config, run_training
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -75,18 +72,8 @@ def test_the_number_of_slices_changes_results_by_rounding_only(cluster: Cluster)
 def test_layouts_equal_autograd_on_whole_sequences(
     cluster: Cluster, layout: dict[str, Any], packing: str
 ) -> None:
-    config = tiny(layout, {})
-    config = msgspec.structs.replace(
-        config,
-        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=4),
-        data=msgspec.structs.replace(config.data, packing=packing),
-    )
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-    )
-    assert compare(ranks, run_reference(config)) == []
+    config = in_slices(tiny(layout, {}), 4, packing)
+    assert findings_of(cluster, config) == []
 
 
 def test_the_tiny_form_of_a_run_keeps_its_slices() -> None:

@@ -8,13 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.config.rules import problems_of
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault
-from support.runs.layouts import tiny
-from support.runs.small_runs import make_config, metrics_of, run_training, world_size_of
+from support.runs.layouts import in_slices, tiny
+from support.runs.small_runs import (
+    findings_of,
+    make_config,
+    metrics_of,
+    run_training,
+    world_size_of,
+)
 
 SHARDS = {"tensor_shards": 4}
 LAYOUTS: list[dict[str, Any]] = [
@@ -92,18 +96,10 @@ def test_recompute_changes_no_bit(cluster: Cluster, recompute: str) -> None:
 def test_layouts_equal_autograd_in_float64(
     cluster: Cluster, layout: dict[str, Any], kv_heads: int
 ) -> None:
-    config = tiny(layout, {"kv_heads": kv_heads})
-    config = msgspec.structs.replace(
-        config,
-        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=2),
-        numerics=msgspec.structs.replace(config.numerics, tensor_shards=4),
-    )
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-    )
-    assert compare(ranks, run_reference(config)) == []
+    config = in_slices(tiny(layout, {"kv_heads": kv_heads}), 2)
+    numerics = msgspec.structs.replace(config.numerics, tensor_shards=4)
+    config = msgspec.structs.replace(config, numerics=numerics)
+    assert findings_of(cluster, config) == []
 
 
 @pytest.mark.mp

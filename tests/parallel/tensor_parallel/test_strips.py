@@ -7,12 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.config.rules import problems_of
 from support.processes.cluster import Cluster
 from support.runs.layouts import tiny
-from support.runs.small_runs import make_config, run_training, world_size_of
+from support.runs.small_runs import findings_of, make_config, run_training
 
 
 @pytest.mark.mp
@@ -47,12 +45,7 @@ def test_strips_equal_autograd_in_float64(
     config = msgspec.structs.replace(
         config, numerics=msgspec.structs.replace(config.numerics, **numerics)
     )
-    ranks = cluster.run(
-        "support.runs.small_runs:check_layout",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-    )
-    assert compare(ranks, run_reference(config)) == []
+    assert findings_of(cluster, config) == []
 
 
 @pytest.mark.parametrize(

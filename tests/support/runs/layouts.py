@@ -43,6 +43,15 @@ def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 3) -> RunCo
     )
 
 
+def in_slices(config: RunConfig, chunks: int, packing: str = "concatenated") -> RunConfig:
+    """The configuration with sequences of 16 tokens in slices, or with documents."""
+    return msgspec.structs.replace(
+        config,
+        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=chunks),
+        data=msgspec.structs.replace(config.data, packing=packing),
+    )
+
+
 def all_layouts() -> Iterator[dict[str, Any]]:
     """tensor x pipeline x data of up to eight ranks, each with one and with two chunks per rank."""
     for tensor in (1, 2, 4, 8):

@@ -6,12 +6,15 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from torch.distributed import Store
 
 from holdfast.trainer.config import RunConfig, convert_config
+
+if TYPE_CHECKING:
+    from holdfast.trainer.check.compare import Finding
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
@@ -126,6 +129,23 @@ def run_training(cluster: Any, config: RunConfig, *, timeout_s: float = 90.0) ->
     )
     assert all(result == results[0] for result in results), "ranks disagree"
     return results[0]
+
+
+def findings_of(
+    cluster: Any, config: RunConfig, bug: str = "", *, timeout_s: float = 90.0
+) -> list[Finding]:
+    """How a layout differs from one process, with a bug put in first if one is named."""
+    from holdfast.trainer.check.compare import compare
+    from holdfast.trainer.check.reference import run_reference
+
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout",
+        world_size_of(config),
+        timeout_s=timeout_s,
+        config=msgspec.to_builtins(config),
+        bug=bug,
+    )
+    return compare(ranks, run_reference(config))
 
 
 def run_in(

@@ -6,6 +6,7 @@ import json
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -76,16 +77,14 @@ class TrainingState:
         self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
         for segment in sorted(buffer.segments, key=lambda s: s.spec.tied_use):
             self._segments[segment.spec.name].append(segment)
-        self._rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
-        self._rows_of: defaultdict[str, list[_KeptRows]] = defaultdict(list)
+        self._rows: defaultdict[str, dict[_Columns, list[_KeptRows]]] = defaultdict(dict)
         place = 0
         for number, block in enumerate(optimizer.owned):
             spec = block.segment.spec
             first_row = spec.box.start[0] + block.block.row_start
             last_row = spec.box.start[0] + block.block.row_stop
             rows = _KeptRows(first_row, last_row, number, place)
-            self._rows[spec.name, _columns(spec.box)].append(rows)
-            self._rows_of[spec.name].append(rows)
+            self._rows[spec.name].setdefault(_columns(spec.box), []).append(rows)
             place += block.block.elements
         self._shadows = shadows
         self._numbers = block_numbers(optimizer, shadows)
@@ -120,7 +119,7 @@ class TrainingState:
                 for segment in self._segments[name]
                 if (view := _kept_view(self._buffer, segment, box)) is not None
             ]
-        rows = self._rows[base, _columns(box)]
+        rows = self._rows[base][_columns(box)]
         at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
         row_elements = box.elements // box.shape[0]
         start = at.place + (box.start[0] - at.first) * row_elements
@@ -146,7 +145,8 @@ class TrainingState:
         if shadow is not None:
             return shadow[1].number
         kind, _, base = piece.name.partition(".")
-        rows = self._rows_of.get(base if kind in self._state else piece.name, [])
+        by_columns = self._rows.get(base if kind in self._state else piece.name, {})
+        rows = chain.from_iterable(by_columns.values())
         first, last = piece.box.start[0], piece.box.stop[0]
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
         return self._numbers.of_owned(min(overlapping, default=self._numbers.owned))

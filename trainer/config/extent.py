@@ -51,9 +51,8 @@ def extent_problems(config: RunConfig) -> Iterator[str]:
             "train.global_batch"
         )
     if model.layers * config.tensor_parts**2 > MOST_COPIES:
-        key, what = "parallel.tensor", "tensor degree"
-        if config.numerics.tensor_shards > 1:
-            key, what = "numerics.tensor_shards", "number of shards"
+        key = config.tensor_parts_key
+        what = "tensor degree" if key == "parallel.tensor" else "number of shards"
         yield (
             f"model.layers = {model.layers} with {key} = {config.tensor_parts}: layers times the "
             f"square of the {what} must be at most {MOST_COPIES}; lower one of them"

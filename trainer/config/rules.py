@@ -89,9 +89,9 @@ def _choices(config: RunConfig) -> Iterator[str]:
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     family = family_of(model.family)
-    shards, tensor = config.numerics.tensor_shards, config.parallel.tensor
-    key = "parallel.tensor" if shards == 1 else "numerics.tensor_shards"
-    yield from family.problems(model, config.tensor_parts if tensor >= 1 else tensor, key)
+    tensor = config.parallel.tensor
+    parts = config.tensor_parts if tensor >= 1 else tensor
+    yield from family.problems(model, parts, config.tensor_parts_key)
     if config.train.compile and family.compiled_regions is None:
         yield (
             f"train.compile = true: model.family = {model.family!r} has nothing to compile; set it "
@@ -178,39 +178,32 @@ def _tensor_shards(config: RunConfig) -> Iterator[str]:
             f"parallel.tensor = {tensor} does not divide numerics.tensor_shards = {shards}; change "
             "one of them"
         )
-    if not config.parallel.sequence_parallel:
-        yield (
-            f"numerics.tensor_shards = {shards} needs parallel.sequence_parallel = true: each "
-            "shard has the norms of its own tokens"
-        )
-    tokens = config.train.seq_len // max(1, config.train.context_chunks)
-    if tokens % shards:
-        yield (
-            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which "
-            f"numerics.tensor_shards = {shards} does not divide; change one of them"
-        )
+    reason = "each shard has the norms of its own tokens"
+    yield from _cut_of_tokens(config, "numerics.tensor_shards", shards, reason)
 
 
 def _tensor_strips(config: RunConfig) -> Iterator[str]:
     strips, parts = config.numerics.tensor_strips, config.tensor_parts
     if strips <= 1 or parts < 1:
         return
+    if strips % parts:
+        yield (
+            f"numerics.tensor_strips = {strips} is no multiple of {config.tensor_parts_key} = "
+            f"{parts}; each has as many strips as the others"
+        )
+    reason = "tokens are exchanged before and after each layer"
+    yield from _cut_of_tokens(config, "numerics.tensor_strips", strips, reason)
+
+
+def _cut_of_tokens(config: RunConfig, key: str, count: int, reason: str) -> Iterator[str]:
+    """The problems of a key by which the tokens of a slice are cut into `count`."""
     tokens = config.train.seq_len // max(1, config.train.context_chunks)
     if not config.parallel.sequence_parallel:
+        yield f"{key} = {count} needs parallel.sequence_parallel = true: {reason}"
+    if tokens % count:
         yield (
-            f"numerics.tensor_strips = {strips} needs parallel.sequence_parallel = true: tokens "
-            "are exchanged before and after each layer"
-        )
-    if strips % parts:
-        key = "parallel.tensor" if config.numerics.tensor_shards == 1 else "numerics.tensor_shards"
-        yield (
-            f"numerics.tensor_strips = {strips} is no multiple of {key} = {parts}; each has as "
-            "many strips as the others"
-        )
-    if tokens % strips:
-        yield (
-            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which "
-            f"numerics.tensor_strips = {strips} does not divide; change one of them"
+            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which {key} = "
+            f"{count} does not divide; change one of them"
         )
 
 
@@ -257,10 +250,9 @@ def _slices(config: RunConfig) -> Iterator[str]:
     heads = config.model.heads
     parts = config.tensor_parts
     if parallel.context_exchange == "heads" and heads % (parts * context):
-        key = "parallel.tensor" if parts == tensor else "numerics.tensor_shards"
         yield (
-            f"parallel.context_exchange = 'heads': {key} x parallel.context = {parts * context} "
-            f"does not divide model.heads = {heads}; use 'keys', or leave it out"
+            f"parallel.context_exchange = 'heads': {config.tensor_parts_key} x parallel.context = "
+            f"{parts * context} does not divide model.heads = {heads}; use 'keys', or leave it out"
         )
 
 

@@ -279,6 +279,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return max(self.parallel.tensor, self.numerics.tensor_shards)
 
     @property
+    def tensor_parts_key(self) -> str:
+        """The key that says how many parts there are."""
+        return "parallel.tensor" if self.numerics.tensor_shards == 1 else "numerics.tensor_shards"
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh of the layout, with the parts of the parameters."""
         mesh = self.parallel.mesh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
@@ -67,4 +67,4 @@ def strips_plan(
         if tokens % strips == 0 and tokens // strips * train.micro_batch >= _LEAST_TOKENS
     ]
     best = min((1, *possible), key=lambda strips: (found.seconds(strips), strips))
-    return StripsPlan(found.computed_s, found.exchanged_s, found.strips, best)
+    return replace(found, best=best)

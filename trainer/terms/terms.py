@@ -43,7 +43,7 @@ _MOST_LINES = 20
 """The most differing names that are told."""
 
 
-_WORK = ("model.", "train.", "optimizer.", "numerics.tensor_")
+_WORK = ("model.", "train.", "optimizer.", "numerics.tensor_", "parallel.tensor")
 _NOT_THE_WORK = ("train.steps", "train.global_batch", "train.eval_", "train.activation_gib")
 
 

@@ -15,8 +15,8 @@ from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, run_in, world_size_of
 
-STEPS = 12
-STOP = 7
+STEPS = 8
+STOP = 5
 """Between two saves."""
 
 
@@ -107,17 +107,17 @@ def test_bf16_with_tied_embeddings_goes_on_with_the_same_bits(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {"model": {"tie_embeddings": True}}
-    train = {"precision": "bf16", "steps": 8}
+    train = {"precision": "bf16", "steps": 6}
     run_in(cluster, _config(**sections, train=train), tmp_path / "a")
     run_in(
         cluster,
-        _config(**sections, train={**train, "stop_after": 5}, parallel={"pipeline": 3}),
+        _config(**sections, train={**train, "stop_after": 4}, parallel={"pipeline": 3}),
         tmp_path / "b",
     )
     shared = {"data": 2, "shard": "parameters"}
     run_in(
         cluster,
-        _config(**sections, train={**train, "stop_after": 6}, parallel=shared),
+        _config(**sections, train={**train, "stop_after": 5}, parallel=shared),
         tmp_path / "b",
     )
     run_in(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")
@@ -130,8 +130,8 @@ def test_each_sample_is_seen_once_over_changes_of_data_parallelism(
 ) -> None:
     """data 3, then 2, then 3: what the replicas read, put together, is every sample once."""
     seen: list[int] = []
-    for stop, data in ((4, 3), (9, 2), (12, 3)):
-        config = _config(train={"steps": 12, "stop_after": stop}, parallel={"data": data})
+    for stop, data in ((2, 3), (5, 2), (6, 3)):
+        config = _config(train={"steps": 6, "stop_after": stop}, parallel={"data": data})
         rows = cluster.run(
             f"{__name__}:train_and_list_samples",
             data,
@@ -139,7 +139,7 @@ def test_each_sample_is_seen_once_over_changes_of_data_parallelism(
             root=str(tmp_path),
         )
         seen += [index for found in rows for index in found]
-    assert sorted(seen) == list(range(12 * 12))
+    assert sorted(seen) == list(range(6 * 12))
 
 
 def train_and_list_samples(

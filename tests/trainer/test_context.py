@@ -12,6 +12,8 @@ from support.runs.elastic_runs import Starter, bits_of, fault
 from support.runs.layouts import in_slices, tiny
 from support.runs.small_runs import findings_of, make_config, run_training
 
+STEPS = 2
+"""The second begins with what the first has changed."""
 LAYOUTS: list[dict[str, Any]] = [
     {"context": 2},
     {"context": 4},
@@ -24,7 +26,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> Any:
-    train: dict[str, Any] = {"steps": 3, "global_batch": 4, "seq_len": 32, "context_chunks": 4}
+    train: dict[str, Any] = {"steps": STEPS, "global_batch": 4, "seq_len": 32, "context_chunks": 4}
     train["precision"] = precision
     return make_config(
         model={"layers": 4, **sections.pop("model", {})},
@@ -84,19 +86,26 @@ def test_layouts_equal_autograd_in_float64(
     assert findings_of(cluster, config) == []
 
 
+DISTURBED: dict[str, Any] = {
+    "model": {"layers": 2},
+    "train": {"steps": 5, "global_batch": 4, "seq_len": 32, "context_chunks": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(**DISTURBED)))
+
+
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["backward", "reduce", "gather"])
 def test_a_loss_in_a_context_group_changes_no_bit(
-    cluster: Cluster, start: Starter, phase: str
+    start: Starter, expected: dict[str, Any], phase: str
 ) -> None:
-    train = {"steps": 5, "global_batch": 4, "seq_len": 32, "context_chunks": 4}
-    model = {"layers": 2}
-    expected = bits_of(run_training(cluster, make_config(model=model, train=train)))
     run = start(
-        model=model,
-        train=train,
+        **DISTURBED,
         parallel={"context": 2, "data": 2},
         elastic={"respawn": False, "chaos": [fault("kill", 2, 3, phase)]},
     )

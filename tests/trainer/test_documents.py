@@ -174,9 +174,13 @@ def test_a_documents_bits_do_not_depend_on_its_place() -> None:
     assert losses[0] == losses[1] == losses[2]
 
 
+STEPS = 2
+"""The second begins with what the first has changed."""
+
+
 def run_of(layout: dict[str, Any], data: dict[str, Any], **keys: dict[str, Any]) -> Any:
     return make_config(
-        train={"steps": 6, "seq_len": 32, **keys.pop("train", {})},
+        train={"steps": STEPS, "seq_len": 32, "global_batch": 6, **keys.pop("train", {})},
         data={"kind": "synthetic", "packing": "documents", **data},
         parallel=layout,
         **keys,
@@ -197,7 +201,7 @@ LAYOUTS: list[dict[str, Any]] = [
 def test_layouts_give_the_same_bits(cluster: Cluster, precision: str) -> None:
     model = {"layers": 4}
     alone = run_training(cluster, run_of({}, {}, train={"precision": precision}, model=model))
-    assert len(set(alone["losses"])) == 6
+    assert len(set(alone["losses"])) == STEPS
     for layout in LAYOUTS:
         config = run_of(layout, {}, train={"precision": precision}, model=model)
         assert run_training(cluster, config) == alone, layout
@@ -251,7 +255,10 @@ def test_a_killed_run_resumes_in_another_layout_with_the_same_bits(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """The loss of a step counts by its own tokens, before and after."""
-    keys: dict[str, Any] = {"train": {"eval_every": 3, "eval_batches": 2}, "model": {"layers": 2}}
+    keys: dict[str, Any] = {
+        "train": {"steps": 6, "eval_every": 3, "eval_batches": 2},
+        "model": {"layers": 2},
+    }
     whole, first, second = (
         run_of(layout, {}, checkpoint={"every": 2}, **{k: dict(v) for k, v in keys.items()})
         for layout in ({}, {"data": 2}, {"pipeline": 2})

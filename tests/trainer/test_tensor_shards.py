@@ -21,6 +21,8 @@ from support.runs.small_runs import (
 )
 
 SHARDS = {"tensor_shards": 4}
+STEPS = 2
+"""The second begins with what the first has changed."""
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 4},
     {"tensor": 2, "data": 2, "shard": "parameters"},
@@ -35,7 +37,7 @@ IN_SLICES: list[dict[str, Any]] = [
 
 
 def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> Any:
-    train = {"steps": 3, "seq_len": 32, "global_batch": 6, "precision": precision}
+    train = {"steps": STEPS, "seq_len": 32, "global_batch": 4, "precision": precision}
     return make_config(
         model={"layers": 4, "vocab": 67, **sections.pop("model", {})},
         train={**train, **sections.pop("train", {})},

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from holdfast.parallel.errors import DataError
+from holdfast.trainer.config import DataConfig
+from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.corpora.token_cache import TokenWriter, cache_folder, cached_tokens
+from support.processes.forked_command import forked
 from support.runs.text_corpora import open_text, tokens_of
 
 
@@ -119,6 +123,21 @@ def test_failure_while_tokenising_leaves_nothing(cache: Path) -> None:
     assert [each.name for each in (cache / "tokens").iterdir()] == ["key.lock"]
 
 
+def open_when_told(connection: Connection, cache: str, corpus: str, locked: bool) -> None:
+    os.environ["HOLDFAST_CACHE"] = cache
+
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    if not locked:
+        fcntl.flock = refuse
+    connection.send("ready")
+    connection.recv()
+    config = DataConfig(kind="text", path=[corpus])
+    data = open_dataset(config, vocab=257, seq_len=64, seed=1)
+    connection.send((data.fingerprint, data.sample(11).tokens.tolist()))
+
+
 @pytest.mark.mp
 @pytest.mark.parametrize("locked", [True, False])
 def test_processes_that_open_the_same_text_at_once_get_the_same(
@@ -128,36 +147,20 @@ def test_processes_that_open_the_same_text_at_once_get_the_same(
     corpus.mkdir()
     for number in range(40):
         (corpus / f"{number}.txt").write_text(f"document {number} " * 3000)
-    code = (
-        "import sys, fcntl\n"
-        "def refuse(*_): raise OSError('no locks here')\n"
-        f"if not {locked}: fcntl.flock = refuse\n"
-        "from holdfast.trainer.config import DataConfig\n"
-        "from holdfast.trainer.data import open_dataset\n"
-        "import holdfast.trainer.data.opening\n"
-        "print('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        f"data = DataConfig(kind='text', path=[{str(corpus)!r}])\n"
-        "data = open_dataset(data, vocab=257, seq_len=64, seed=1)\n"
-        "print(data.fingerprint, data.sample(11).tokens.tolist())\n"
-    )
+    ours, theirs = zip(*(multiprocessing.Pipe() for _ in range(3)), strict=True)
     racing = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(3)
+        forked(open_when_told, connection, str(cache), str(corpus), locked) for connection in theirs
     ]
     for each in racing:
-        assert each.stdout is not None
-        assert each.stdout.readline() == "ready\n"
+        each.start()
+    assert [connection.recv() for connection in ours] == ["ready"] * 3
+    for connection in ours:
+        connection.send("go")
+    printed = [connection.recv() for connection in ours]
     for each in racing:
-        assert each.stdin is not None
-        each.stdin.write("\n")
-        each.stdin.flush()
-    printed = [each.communicate()[0] for each in racing]
-    assert [each.returncode for each in racing] == [0, 0, 0]
-    assert printed[0]
-    assert len(set(printed)) == 1
+        each.join()
+    assert [each.exitcode for each in racing] == [0, 0, 0]
+    assert printed == [printed[0]] * 3
     assert not list((cache / "tokens").glob("*partial*"))
     assert len(list((cache / "tokens").glob("*/tokens.npy"))) == 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.runs.commands import CONFIG, HOLDFAST, environment
+from support.runs.commands import CONFIG, HOLDFAST, environment, holdfast
 
 pytestmark = pytest.mark.mp
 ALONE = CONFIG.replace("data = 2\npipeline = 2", "data = 1") + "[checkpoint]\nevery = 2\n"
@@ -16,6 +16,11 @@ OTHER = {"ATEN_CPU_CAPABILITY": "default"}
 
 
 def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, in a process that imports torch anew if its environment is another."""
+    if not env:
+        done = holdfast(folder, *arguments)
+        done.check_returncode()
+        return done
     return subprocess.run(
         [*HOLDFAST, *arguments],
         cwd=folder,

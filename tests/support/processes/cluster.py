@@ -188,9 +188,14 @@ def _serve(workers: int, imports: Sequence[str]) -> None:
     """Import, and fork a pool for each address that is read."""
     import torch
 
-    for name in ("holdfast.trainer.worker", "support.runs.small_runs", *imports):
+    from support.processes.preloaded import TRAINING
+
+    for name in ("support.runs.small_runs", *TRAINING, *imports):
         importlib.import_module(name)
     torch.set_num_threads(1)
+    # Else a thread that is sent a message takes the processor from the sender, which holds the lock
+    # of their connection: gloo's thread then asks for it until its time is up, half of all time.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.freeze()  # what is imported is not looked through after each job
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a pool that has ended is forgotten
     for address in sys.stdin:

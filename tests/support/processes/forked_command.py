@@ -24,10 +24,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+from support.processes.preloaded import COMMANDS, TRAINING
+
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(
-    ["support.runs.elastic_demo", "holdfast.launch.commands.training", "holdfast.trainer.worker"]
-)
+_FORK.set_forkserver_preload(["support.runs.elastic_demo", *TRAINING, *COMMANDS])
 _STARTING = threading.Lock()
 _TESTS = str(Path(__file__).resolve().parents[2])
 _CLIENT = """#!{python} -IS

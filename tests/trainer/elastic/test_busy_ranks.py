@@ -19,6 +19,7 @@ from support.runs.small_runs import make_config, run_training
 pytestmark = [pytest.mark.mp]
 
 HANG_S = 1.0
+MODEL = {"layers": 2}
 SLOW_S = 3.5
 LONG_S = 5.0
 """Longer than ranks of which nothing is heard are waited for."""
@@ -107,9 +108,10 @@ def test_no_rank_is_lost_to_slow_saves_loads_evaluations_and_steps(
         "parallel": {"data": 2},
         "checkpoint": {"every": 4},
         "train": {"steps": 12, "eval_every": 6, "eval_batches": 1},
+        "model": MODEL,
     }
     elastic = {"hang_timeout_s": HANG_S}
-    expected = bits_of(run_training(cluster, make_config(train={"steps": 12})))
+    expected = bits_of(run_training(cluster, make_config(train={"steps": 12}, model=MODEL)))
     try:
         stop = {"train": {**sections["train"], "stop_after": 8}}
         first = start(name="run", **sections | stop, elastic=elastic)
@@ -134,6 +136,7 @@ def test_no_rank_is_lost_because_it_works_while_others_die_and_join(tmp_path: Pa
         run = start(
             parallel={"data": 3},
             train={"steps": 40},
+            model=MODEL,
             elastic=pace(elastic, 0.15),
         )
         assert run.finish() == 0, run.output()

@@ -27,6 +27,8 @@ STEPS = 22
 LONG_RUN = {"steps": STEPS, "global_batch": BATCH}
 SHORT_RUN = {"steps": 14, "global_batch": BATCH}
 """For runs that only lose ranks; in the others, ranks have time to join."""
+SHALLOW = {"layers": 2}
+"""For runs without stages, between which layers could move."""
 PACE_S = 0.2
 SLOW_S = 0.6
 MOST_KILLS = 4
@@ -46,6 +48,16 @@ def expected(cluster: Cluster) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected_short(cluster: Cluster) -> dict[str, Any]:
     return bits_of(run_training(cluster, make_config(train=SHORT_RUN)))
+
+
+@pytest.fixture(scope="module")
+def shallow(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train=LONG_RUN, model=SHALLOW)))
+
+
+@pytest.fixture(scope="module")
+def shallow_short(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train=SHORT_RUN, model=SHALLOW)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(map(str, v.values())))
@@ -72,7 +84,7 @@ def test_kills_in_every_phase_change_no_bit(
 
 @pytest.mark.parametrize("redundancy", [1, 2])
 def test_kills_while_messages_are_on_their_way_change_no_bit(
-    start: Starter, expected_short: dict[str, Any], redundancy: int
+    start: Starter, shallow_short: dict[str, Any], redundancy: int
 ) -> None:
     faults = [
         fault("kill", 2, 3, "exchange"),  # sums have arrived at some owners and not at others
@@ -81,11 +93,12 @@ def test_kills_while_messages_are_on_their_way_change_no_bit(
     ]
     run = start(
         train=SHORT_RUN,
+        model=SHALLOW,
         parallel={"data": 4, "bucket_elements": 500},
         elastic=pace({"chaos": faults, "redundancy": redundancy, "respawn": False}, PACE_S, rank=3),
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected_short
+    assert run.bits() == shallow_short
     assert [event["rank"] for event in run.events("rank_lost")] == [2, 1, 0]
     recovered = run.events("recovered")
     assert all(event["from_checkpoint"] is None for event in recovered)
@@ -96,7 +109,7 @@ def test_kills_while_messages_are_on_their_way_change_no_bit(
     ("shard", "group"), [("gradients", 0), ("parameters", 0), ("parameters", 2)], ids=str
 )
 def test_kills_of_ranks_that_share_gradients_and_parameters_change_no_bit(
-    start: Starter, expected_short: dict[str, Any], shard: str, group: int
+    start: Starter, shallow_short: dict[str, Any], shard: str, group: int
 ) -> None:
     faults = [
         fault("kill", 2, 3, "prefetch" if shard == "parameters" else "reduce"),
@@ -106,11 +119,12 @@ def test_kills_of_ranks_that_share_gradients_and_parameters_change_no_bit(
     ]
     run = start(
         train=SHORT_RUN,
+        model=SHALLOW,
         parallel={"data": 4, "shard": shard, "shard_group": group},
         elastic=pace({"chaos": faults}, PACE_S),
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected_short
+    assert run.bits() == shallow_short
     assert [event["rank"] for event in run.events("rank_lost")] == [2, 1, 3, 0]
     recovered = run.events("recovered")
     assert all(event["from_checkpoint"] is None for event in recovered)
@@ -159,16 +173,17 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
 
 @pytest.mark.parametrize("second", [3, 0], ids=["another", "who-was-to-record-the-first"])
 def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
-    start: Starter, expected_short: dict[str, Any], second: int
+    start: Starter, shallow_short: dict[str, Any], second: int
 ) -> None:
     faults = [fault("kill", 2, 3, "reduce"), fault("kill", second, 3, "change")]
     run = start(
         train=SHORT_RUN,
+        model=SHALLOW,
         parallel={"data": 4},
         elastic={"local_nodes": 4, "respawn": False, "chaos": faults},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected_short
+    assert run.bits() == shallow_short
     assert [event["rank"] for event in run.events("rank_lost")] == [2, second]
     assert [event["from_checkpoint"] for event in run.events("recovered")] == [None, None]
     assert len(list((run.root / "incidents").iterdir())) == 2
@@ -197,7 +212,7 @@ def test_losses_half_way_through_the_backward_passes_change_no_bit(
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
     model, layout = {"layers": 2}, {"tensor": 2, "data": 2, "pipeline": 1}
     faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 9, "compute")]
-    train = {"steps": 12, "global_batch": BATCH}
+    train = {"steps": 12, "global_batch": 4}
     run = start(
         train=train,
         model=model,
@@ -268,8 +283,8 @@ def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, A
 def test_a_slow_rank_is_named_once_and_changes_no_bit(start: Starter, cluster: Cluster) -> None:
     train = {"steps": 14, "global_batch": BATCH}
     elastic = {"straggler_every": 3, **pace({}, SLOW_S, rank=1)}
-    run = start(train=train, parallel={"data": 3}, elastic=elastic)
-    expected = bits_of(run_training(cluster, make_config(train=train)))
+    run = start(train=train, model=SHALLOW, parallel={"data": 3}, elastic=elastic)
+    expected = bits_of(run_training(cluster, make_config(train=train, model=SHALLOW)))
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     slow = [event for event in run.events("straggler") if event["rank"] == 1]
@@ -279,9 +294,11 @@ def test_a_slow_rank_is_named_once_and_changes_no_bit(start: Starter, cluster: C
     assert not run.events("rank_lost")
 
 
-def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str, Any]) -> None:
+def test_a_node_is_lost_with_all_its_workers(
+    start: Starter, expected_short: dict[str, Any]
+) -> None:
     run = start(
-        train=LONG_RUN,
+        train=SHORT_RUN,
         parallel={"data": 2, "pipeline": 2},
         elastic=pace({"local_nodes": 2}, PACE_S),
     )
@@ -290,7 +307,7 @@ def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str,
     fork_server = _parent(worker["pid"])
     os.kill(_parent(fork_server), signal.SIGKILL)  # the node's agent; its workers die with it
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_short
     lost = {event["rank"] for event in run.events("rank_lost")}
     assert lost == {2, 3}
 
@@ -300,25 +317,26 @@ def _parent(pid: int) -> int:
 
 
 def test_without_shadows_the_newest_checkpoint_is_the_last_resort(
-    start: Starter, expected_short: dict[str, Any]
+    start: Starter, shallow_short: dict[str, Any]
 ) -> None:
     run = start(
         train=SHORT_RUN,
+        model=SHALLOW,
         parallel={"data": 2},
         checkpoint={"every": 4},
         elastic={"redundancy": 0, "chaos": [fault("kill", 1, 11, "reduce")]},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected_short
+    assert run.bits() == shallow_short
     (loaded,) = [e["from_checkpoint"] for e in run.events("recovered")]
     assert loaded in (4, 8)
 
 
 def test_a_node_that_announces_its_departure_is_let_go(
-    start: Starter, expected: dict[str, Any]
+    start: Starter, expected_short: dict[str, Any]
 ) -> None:
     run = start(
-        train=LONG_RUN,
+        train=SHORT_RUN,
         parallel={"data": 2, "pipeline": 2},
         elastic=pace({"respawn": False}, PACE_S),
     )
@@ -326,16 +344,17 @@ def test_a_node_that_announces_its_departure_is_let_go(
     agent = _parent(_parent(run.living()[3]["pid"]))
     os.kill(agent, signal.SIGTERM)
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_short
     assert all(event["replayed_steps"] == 0 for event in run.events() if "plan" in event)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
-    start: Starter, expected: dict[str, Any], tmp_path: Path
+    start: Starter, shallow: dict[str, Any], tmp_path: Path
 ) -> None:
     run = start(
         name="first",
         train=LONG_RUN,
+        model=SHALLOW,
         parallel={"data": 2},
         elastic=pace({}, PACE_S),
     )
@@ -344,7 +363,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
     assert run.finish() == 3, run.output()
     again = start.start(tmp_path / "first.toml", "first")
     assert again.finish() == 0, again.output()
-    assert again.bits() == expected
+    assert again.bits() == shallow
     (resumed,) = again.events("resumed")
     assert resumed["step"] >= 5
 
@@ -367,7 +386,7 @@ def test_kills_at_random_instants_change_no_bit(start: Starter, expected: dict[s
 
 @pytest.mark.parametrize("redundancy", [1, 2])
 def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
-    start: Starter, expected: dict[str, Any], redundancy: int
+    start: Starter, shallow: dict[str, Any], redundancy: int
 ) -> None:
     elastic = {
         "local_nodes": 3,
@@ -375,9 +394,15 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
         "verify_every": 5,
         "chaos": [fault("corrupt-memory", 1, 13)],
     }
-    run = start(train=LONG_RUN, parallel={"data": 3}, checkpoint={"every": 4}, elastic=elastic)
+    run = start(
+        train=LONG_RUN,
+        model=SHALLOW,
+        parallel={"data": 3},
+        checkpoint={"every": 4},
+        elastic=elastic,
+    )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == shallow
     found = run.events("corruption")
     assert found
     assert all(event["step"] == 15 and 1 in event["ranks"] for event in found)
@@ -390,7 +415,7 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
-    start: Starter, expected: dict[str, Any], tmp_path: Path
+    start: Starter, shallow: dict[str, Any], tmp_path: Path
 ) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
@@ -400,12 +425,13 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
     try:
         run = start(
             train=LONG_RUN,
+            model=SHALLOW,
             parallel={"data": 2},
             checkpoint={"every": 4, "path": str(mount)},
             elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=2.0)]}, PACE_S),
         )
         assert run.finish() == 0, run.output()
-        assert run.bits() == expected
+        assert run.bits() == shallow
         failed = run.events("checkpoint_failed")
         assert failed
         assert all("free space, or lower" in event["error"] for event in failed), failed
@@ -415,12 +441,12 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict[str, Any]) -> None:
+def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, shallow: dict[str, Any]) -> None:
     def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "holdfast.launch.cli", "chaos", str(run.root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    run = start(train=LONG_RUN, parallel={"data": 2}, elastic=pace({}, PACE_S))
+    run = start(train=LONG_RUN, model=SHALLOW, parallel={"data": 2}, elastic=pace({}, PACE_S))
     run.wait_for_step(3)
     assert chaos("--rank", "1").stdout == "kill: rank 1\n"
     run.wait_until(lambda: bool(run.events("rank_lost")), "the loss is agreed on")
@@ -432,7 +458,7 @@ def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict
     assert late.returncode == 2
     assert late.stderr.startswith("holdfast: --step 2 is over: the run has taken ")
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == shallow
     caused = [(e["fault"], e["rank"]) for e in run.events("fault_injected")]
     assert caused == [("slow", 0), ("kill", 1), ("exit", 0)]
     ended = chaos()

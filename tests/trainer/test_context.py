@@ -58,7 +58,7 @@ def test_heads_that_groups_share_and_recompute_keep_the_bits(
     cluster: Cluster, kv_heads: int, recompute: str
 ) -> None:
     """With one key and value head, ranks have copies of it."""
-    keys: dict[str, Any] = {"model": {"kv_heads": kv_heads}}
+    keys: dict[str, Any] = {"model": {"kv_heads": kv_heads, "layers": 2}}
     alone = run_training(cluster, run_of({}, **keys))
     for layout in ({"context": 4}, {"context": 2, "context_exchange": "keys"}):
         config = run_of(layout, **keys, train={"recompute": recompute})

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import msgspec
 import pytest
 
-from holdfast.trainer.check.capture import RankCapture
 from holdfast.trainer.check.compare import compare
-from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster
 from support.runs.layouts import all_layouts, tiny
-from support.runs.small_runs import world_size_of
+from support.runs.small_runs import reference_of, world_size_of
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
-
-STEPS = 2
-"""The second begins with what the first has changed."""
-
-
-@cache
-def reference_of(encoded: bytes) -> RankCapture:
-    return run_reference(msgspec.json.decode(encoded, type=RunConfig))
 
 
 def agree(cluster: Cluster, config: RunConfig) -> None:
     """Loss within 1e-12, gradients, norm and parameters after all steps within 1e-10."""
-    alone = msgspec.structs.replace(
-        config,
-        parallel=type(config.parallel)(),
-        train=msgspec.structs.replace(config.train, recompute="none"),
-    )
-    reference = reference_of(msgspec.json.encode(alone))
+    reference = reference_of(config)
     plain = msgspec.to_builtins(config)
     ranks = cluster.run(
         "support.runs.small_runs:check_layout", world_size_of(config), config=plain, timeout_s=110
@@ -49,7 +33,7 @@ def agree(cluster: Cluster, config: RunConfig) -> None:
     "layout", list(all_layouts()), ids=lambda v: "-".join(map(str, v.values()))
 )
 def test_layout_agrees_with_one_process(cluster: Cluster, layout: dict[str, Any]) -> None:
-    agree(cluster, tiny(layout, {"dropout": 0.1}, STEPS))
+    agree(cluster, tiny(layout, {"dropout": 0.1}))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +44,7 @@ def test_layout_agrees_with_one_process(cluster: Cluster, layout: dict[str, Any]
 def test_layout_without_dropout_agrees_with_one_process(
     cluster: Cluster, layout: dict[str, Any]
 ) -> None:
-    agree(cluster, tiny(layout, {"dropout": 0.0}, STEPS))
+    agree(cluster, tiny(layout, {"dropout": 0.0}))
 
 
 OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -91,7 +75,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_other_schedules_splits_and_models_agree(
     cluster: Cluster, layout: dict[str, Any], model: dict[str, Any]
 ) -> None:
-    agree(cluster, tiny(layout, model, STEPS))
+    agree(cluster, tiny(layout, model))
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -99,7 +83,7 @@ def test_other_schedules_splits_and_models_agree(
     "layout", [{"tensor": 2}, {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}], ids=str
 )
 def test_recompute_agrees(cluster: Cluster, layout: dict[str, Any], recompute: str) -> None:
-    config = tiny(layout, {}, STEPS)
+    config = tiny(layout, {})
     train = msgspec.structs.replace(config.train, recompute=recompute)
     agree(cluster, msgspec.structs.replace(config, train=train))
 
@@ -124,6 +108,6 @@ def test_a_loss_by_chunks_of_the_vocabulary_agrees(
 @pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
 def test_fast_reduction_agrees(cluster: Cluster, shard: str) -> None:
     layout = {"tensor": 2, "data": 2, "pipeline": 2, "shard": shard}
-    config = tiny(layout, {"tie_embeddings": True}, STEPS)
+    config = tiny(layout, {"tie_embeddings": True})
     numerics = msgspec.structs.replace(config.numerics, reduction="fast")
     agree(cluster, msgspec.structs.replace(config, numerics=numerics))

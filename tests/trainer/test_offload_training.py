@@ -31,7 +31,7 @@ from support.runs.small_runs import (
 
 pytestmark = pytest.mark.mp
 
-TRAIN = {"steps": 3, "global_batch": 8}
+TRAIN = {"steps": 2, "global_batch": 8}
 
 
 def offload(folder: Path, **keys: Any) -> dict[str, Any]:
@@ -261,7 +261,8 @@ def test_a_drive_that_cannot_be_read_changes_no_bit(
     roots = {where: tmp_path / where for where in ("ssd", "none")}
     for where, root in roots.items():
         keys = offload(tmp_path) | {"activations": where}
-        config = make_config(train=TRAIN, parallel={"data": 2, "shard": shard}, offload=keys)
+        train = TRAIN | {"steps": 3}
+        config = make_config(train=train, parallel={"data": 2, "shard": shard}, offload=keys)
         job = (
             "test_offload_training:fail_to_read"
             if where == "ssd"

@@ -16,7 +16,7 @@ from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.models.chunk import ModelChunk, build_whole_model
-from support.oracles.plain_llama import PlainLlama, Shape, train_plainly
+from support.oracles.plain_llama import PlainLlama, Shape, StepRecord, train_plainly
 from support.processes.cluster import Cluster
 from support.runs.sequences import windows_of
 from support.runs.small_runs import make_config, run_training, world_size_of
@@ -106,23 +106,19 @@ def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.mp
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [{}, {"data": 2, "pipeline": 2, "schedule": "zb-h1"}, {"tensor": 2}], ids=str
-)
-@pytest.mark.parametrize("reduction", ["exact", "fast"])
-def test_fifty_steps_equal_a_plain_loop(
-    cluster: Cluster, layout: dict[str, Any], reduction: str
-) -> None:
-    config = make_config(
+def fifty_steps(**sections: dict[str, Any]) -> RunConfig:
+    return make_config(
         model={"dropout": 0.0, "layers": 2},
         train={"steps": 50, "global_batch": 8, "micro_batch": 2},
         optimizer={"lr": 3e-3, "warmup_steps": 5},
-        numerics={"reduction": reduction},
-        parallel=layout,
+        **sections,
     )
-    ours = run_training(cluster, config)
+
+
+@pytest.fixture(scope="module")
+def plain_loop() -> list[StepRecord]:
+    """What fifty lines of PyTorch give."""
+    config = fifty_steps()
     model, train, optimizer = config.model, config.train, config.optimizer
     plain = PlainLlama(
         Shape(
@@ -150,8 +146,21 @@ def test_fifty_steps_equal_a_plain_loop(
         half = (optimizer.lr - optimizer.min_lr) / 2
         return optimizer.min_lr + half * (1 + math.cos(math.pi * part))
 
-    records = train_plainly(plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch)
-    for record, loss, norm in zip(records, ours["losses"], ours["norms"], strict=True):
+    return train_plainly(plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{}, {"data": 2, "pipeline": 2, "schedule": "zb-h1"}, {"tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_fifty_steps_equal_a_plain_loop(
+    cluster: Cluster, plain_loop: list[StepRecord], layout: dict[str, Any], reduction: str
+) -> None:
+    config = fifty_steps(numerics={"reduction": reduction}, parallel=layout)
+    ours = run_training(cluster, config)
+    for record, loss, norm in zip(plain_loop, ours["losses"], ours["norms"], strict=True):
         assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
         assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)
 

@@ -76,7 +76,7 @@ def test_bug_of_slices_or_documents_is_found(
     cluster: Cluster, bug: str, layout: dict[str, Any], packing: str, kind: str
 ) -> None:
     chunks = 4 if layout.get("context", 1) > 1 else 1
-    config = in_slices(tiny(layout, {}, steps=4), chunks, packing)
+    config = in_slices(tiny(layout, {}), chunks, packing)
     findings = findings_of(cluster, config, bug)
     assert findings[0].kind == kind, [str(finding) for finding in findings]
 
@@ -92,7 +92,7 @@ def test_bug_is_found_and_named(
     kind: str,
     said: str,
 ) -> None:
-    config = tiny(layout, model, steps=4)
+    config = tiny(layout, model, steps=3)
     findings = findings_of(cluster, config, bug)
     kinds = [finding.kind for finding in findings]
     assert kind in kinds, [str(finding) for finding in findings]
@@ -103,7 +103,7 @@ def test_bug_is_found_and_named(
 
 def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     layout = {"pipeline": 2, "virtual": 2, "schedule": "interleaved-1f1b"}
-    config = tiny(layout, {}, steps=2)
+    config = tiny(layout, {})
     assert findings_of(cluster, config, "messages_in_order_without_tags") == [], (
         "receives are posted in the order of the sends: nothing is mixed up even without tags"
     )

@@ -14,8 +14,11 @@ from support.runs.small_runs import make_config
 MOST_RANKS = 8
 
 
-def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 3) -> RunConfig:
-    """A tiny float64 configuration; heads allow tensor sizes 1, 2, 4 and 8, 8 sharing kv heads."""
+def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 2) -> RunConfig:
+    """A tiny float64 configuration; heads allow tensor sizes 1, 2, 4 and 8, 8 sharing kv heads.
+
+    The second step begins with what the first has changed.
+    """
     chunks = layout.get("pipeline", 1) * layout.get("virtual", 1)
     shape = {
         "layers": max(2, chunks),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.distributed import Store
 from holdfast.trainer.config import RunConfig, convert_config
 
 if TYPE_CHECKING:
+    from holdfast.trainer.check.capture import RankCapture
     from holdfast.trainer.check.compare import Finding
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -136,7 +138,6 @@ def findings_of(
 ) -> list[Finding]:
     """How a layout differs from one process, with a bug put in first if one is named."""
     from holdfast.trainer.check.compare import compare
-    from holdfast.trainer.check.reference import run_reference
 
     ranks = cluster.run(
         "support.runs.small_runs:check_layout",
@@ -145,7 +146,21 @@ def findings_of(
         config=msgspec.to_builtins(config),
         bug=bug,
     )
-    return compare(ranks, run_reference(config))
+    return compare(ranks, reference_of(config))
+
+
+def reference_of(config: RunConfig) -> RankCapture:
+    """What one process computes, once for all layouts."""
+    train = msgspec.structs.replace(config.train, recompute="none")
+    alone = msgspec.structs.replace(config, parallel=type(config.parallel)(), train=train)
+    return _reference_of(msgspec.json.encode(alone))
+
+
+@cache
+def _reference_of(encoded: bytes) -> RankCapture:
+    from holdfast.trainer.check.reference import run_reference
+
+    return run_reference(msgspec.json.decode(encoded, type=RunConfig))
 
 
 def run_in(

@@ -41,6 +41,7 @@ def _train(config: Any, folder: Path) -> ForkedCommand:
 @pytest.mark.parametrize("elastic", [False, True])
 def test_a_run_past_its_last_step_writes_nothing_and_says_so(tmp_path: Path, elastic: bool) -> None:
     sections: dict[str, Any] = {"parallel": {"data": 2}, "checkpoint": {"every": 3, "keep": 0}}
+    sections["model"] = {"layers": 2}
     sections["elastic"] = {"enabled": elastic}
     config = make_config(**sections, train={"steps": 12, "stop_after": 9})
     assert _train(config, tmp_path).wait(timeout=90) == 0
@@ -66,6 +67,7 @@ def _unwritable(root: Path) -> None:
 def _without_a_place_to_save(folder: Path, *, retry_s: float, elastic: bool) -> ForkedCommand:
     """A run whose saves fail from its second step on."""
     config = make_config(
+        model={"layers": 2},
         parallel={"data": 2},
         train={"steps": STEPS, "global_batch": 24},
         checkpoint={"retry_s": retry_s},

@@ -13,12 +13,13 @@ from support.runs.small_runs import make_config, run_training
 pytestmark = [pytest.mark.mp]
 
 TRAIN = {"steps": 20, "global_batch": 6}
+MODEL = {"layers": 2}
 PACE_S = 0.2
 
 
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> dict[str, Any]:
-    return bits_of(run_training(cluster, make_config(train=TRAIN)))
+    return bits_of(run_training(cluster, make_config(train=TRAIN, model=MODEL)))
 
 
 def changes(run: ElasticRun) -> list[dict[str, Any]]:
@@ -30,6 +31,7 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
 ) -> None:
     run = start(
         train=TRAIN,
+        model=MODEL,
         parallel={"data": 3},
         checkpoint={"every": 4},
         elastic=pace({"verify_every": 1, "chaos": [fault("kill", 2, 3, "reduce")]}, PACE_S),
@@ -63,7 +65,7 @@ def test_whoever_dies_while_a_newcomer_is_given_its_state_changes_no_bit(
 ) -> None:
     faults = [fault("kill", 2, 3, "reduce"), victim]
     elastic = pace(pace({"local_nodes": 3, "chaos": faults}, PACE_S, rank=1), PACE_S)
-    run = start(train=TRAIN, parallel={"data": 3}, elastic=elastic)
+    run = start(train=TRAIN, model=MODEL, parallel={"data": 3}, elastic=elastic)
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     caused = [e for e in run.events("fault_injected") if e["phase"] == "fill"]

@@ -68,7 +68,7 @@ def test_layouts_give_the_bits_of_one_process(
 def test_slices_and_documents_divide_likewise(cluster: Cluster, precision: str) -> None:
     sections: dict[str, Any] = {
         "model": {"tie_embeddings": True, "layers": 2},
-        "train": {"context_chunks": 4, "vocab_chunk": 5},
+        "train": {"context_chunks": 4, "vocab_chunk": 9},
         "data": {"packing": "documents"},
     }
     alone = run_training(cluster, run_of({}, precision, **sections))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder
-from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, InterruptibleWait
+from holdfast.parallel.comm.gloo_waits import InterruptibleWait
 from holdfast.parallel.comm.p2p_collectives import lost
 from holdfast.parallel.comm.protocol import AbortSignal
 from holdfast.parallel.comm.tags import BREAKING, HANDSHAKES
@@ -156,7 +156,7 @@ class Message:
         self.signal = connection.mesh.signal
         self.work: Work | None = None
         self.interruptible: InterruptibleWait | None = None
-        """The wait for a message that may be cut off in the middle, once it has begun."""
+        """The wait for the message, once it has begun."""
         self.error: BaseException | None = None
 
     def wait(self) -> None:
@@ -167,15 +167,12 @@ class Message:
             if self.work is None:
                 self.connection.wait_until_posted(self)
             assert self.work is not None
-            if self.tensor.numel() * self.tensor.element_size() <= WHOLE_BYTES:
-                self.work.wait(self.connection.mesh.timeout)
-            else:
-                self.interruptible = InterruptibleWait(self.work, self.connection.mesh.timeout)
-                # Read after the line above: the thread that closes the connection sets `is_closed`
-                # first and then looks for waits.
-                if self.connection.is_closed:
-                    self.interruptible.cancel()
-                self.interruptible.wait()
+            self.interruptible = InterruptibleWait(self.work, self.connection.mesh.timeout)
+            # Read after the line above: the thread that closes the connection sets `is_closed`
+            # first and then looks for waits.
+            if self.connection.is_closed:
+                self.interruptible.cancel()
+            self.interruptible.wait()
         except (RuntimeError, PeerLost) as error:
             recorder.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error

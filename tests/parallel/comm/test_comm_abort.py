@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from holdfast.elastic.hang import HangLimits, silent_operations
 from holdfast.parallel.comm.flight_recorder import FlightRecord, read_record
 from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups
-from holdfast.parallel.comm.protocol import MembershipChange
+from holdfast.parallel.comm.protocol import Handle, MembershipChange
 from holdfast.parallel.errors import PeerLost
 from support.processes.cluster import Cluster
 
@@ -113,6 +114,74 @@ def test_who_waits_for_a_message_cut_off_in_the_middle_is_freed(
     job = "test_comm_abort:cut_off_in_the_middle"
     told = cluster.run(job, 2, timeout_s=60, dying=(1,), sends=sends)[0]
     assert REASON in told
+
+
+SMALL, MANY = 1 << 11, 2000
+"""Numbers in a small message, of which so many fill every buffer between two ranks."""
+
+
+def small_messages_cut_off(rank: int, world_size: int, store: Any, *, sends: bool) -> list[str]:
+    """Rank 1 stops while small messages wait for their turn on a full connection with rank 0.
+
+    The one whose turn it was is cut off in the middle, wherever its receiver is.
+    """
+    groups = build_groups(
+        store,
+        "127.0.0.1",
+        rank,
+        range(2),
+        {"tensor": (rank,), "pipeline": range(2)},
+        backend="gloo",
+        generation=0,
+    )
+    store.set(f"pid/{rank}", str(os.getpid()))
+    peer = int(store.get(f"pid/{1 - rank}"))
+    receives = rank == sends
+    post = groups.world.receive if receives else groups.world.send
+    handles = []
+    if receives:
+        handles = [post(torch.empty(SMALL), 1 - rank, tag) for tag in range(MANY)]
+    groups.world.barrier()  # its notices come after those of the receives
+    if receives:
+        os.kill(os.getpid(), signal.SIGSTOP)  # the other rank lets it go on, or nobody does
+    else:
+        _until(lambda: _is_stopped(peer))
+        handles = [post(torch.ones(SMALL), 1 - rank, tag) for tag in range(MANY)]
+    if rank == 1:
+        then = f"kill -STOP {os.getpid()}; kill -CONT {peer}"
+        subprocess.run(["sh", "-c", then], check=True)
+    ended: list[Handle] = []
+
+    def wait() -> None:
+        for handle in handles:
+            handle.wait()
+            ended.append(handle)
+
+    threads, told = _in_threads([wait])
+    looked = -1
+    while looked < len(ended):  # until no more come or leave
+        looked = len(ended)
+        time.sleep(0.3)
+    assert looked < MANY
+    groups.abort(REASON)
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.parametrize("sends", [True, False], ids=["sending", "receiving"])
+def test_who_waits_for_a_small_message_cut_off_in_the_middle_is_freed(
+    cluster: Cluster, sends: bool
+) -> None:
+    job = "test_comm_abort:small_messages_cut_off"
+    told = cluster.run(job, 2, timeout_s=60, dying=(1,), sends=sends)[0]
+    assert told == [f"generation 0 was aborted: {REASON}"]
 
 
 def blocked_survivors(rank: int, world_size: int, store: Any, *, how: int) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.comm import Groups, Handle
+from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange import (
     ExchangeSettings,
@@ -275,6 +276,7 @@ class ShardedOptimizer:
 
         A holder that follows a block takes its parameters from its own copy, which is updated
         before. Collective over the holders of blocks, which wait in the `arrival` only.
+        A loss of a peer meanwhile is raised there, too: the update itself is always done whole.
 
         Args:
             fence: called before a block changes, with its position in `owned`.
@@ -282,12 +284,24 @@ class ShardedOptimizer:
         """
         buffer = self.owned_state.buffer
         sends: list[Handle] = []
+        lost: PeerLost | None = None
         for number, row in enumerate(self._updated_buckets(lr, factor, fence)):
-            sends += send_bucket(self._world, buffer, self._to_others, row)
+            if lost is None:
+                try:
+                    sends += send_bucket(self._world, buffer, self._to_others, row)
+                except PeerLost as error:
+                    lost = error
             if number == 0:
                 sending()
-        # Not before: until its fence has let all blocks go, a snapshot may copy what would arrive.
-        self._receive(self._to_others, sends)
+        try:
+            # Not before: until its fence has let all blocks go, a snapshot may copy what would
+            # arrive.
+            if lost is None:
+                self._receive(self._to_others, sends)
+        except PeerLost as error:
+            lost = error
+        if lost is not None:
+            self._arrival.lose(lost)
         if self._shadows is not None:
             self._shadows.write_weights(buffer.part, self._to_others.updated_here)
 

@@ -356,8 +356,9 @@ class Training:
     def apply(self, lr: float, at: AtPhase = no_hook) -> None:
         """D: update by owners, gather parameters. Collective over the replicas of a stage.
 
-        With parallel.overlap, parameters arrive beside what follows; see `finish_gather`. A step
-        that must not be applied changes nothing.
+        With parallel.overlap, parameters arrive beside what follows; see `finish_gather`, which
+        also tells of a peer that was lost meanwhile: the update is done whole. A step that must not
+        be applied changes nothing.
 
         Args:
             at: called during the phase; see `AtPhase`.

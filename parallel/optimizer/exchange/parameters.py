@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from holdfast.parallel.comm import GATHERING, Communicator, Handle
+from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.exchange.arrival import Arrival
 from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering
 from holdfast.parallel.optimizer.exchange.wire import in_one
@@ -28,19 +29,31 @@ class ParameterArrival:
         self._pending: dict[nn.Parameter, list[Arrival]] = {}
         self._arrivals: list[Arrival] = []
         self._sends: Sequence[Handle] = ()
+        self._lost: PeerLost | None = None
+        """Why the messages of the last update are not all under way."""
 
     @property
     def is_pending(self) -> bool:
         """Whether some parameter may not be here yet."""
-        return bool(self._pending)
+        return bool(self._pending) or self._lost is not None
 
     def begin(self, arrivals: Sequence[tuple[Bucket, Arrival]], sends: Sequence[Handle]) -> None:
         """Replace what is under way by the messages of a new update."""
+        self._lost = None
         self._arrivals, self._sends = [arrival for _, arrival in arrivals], sends
         self._pending = {}
         for bucket, arrival in arrivals:
             for parameter in bucket.parameters:
                 self._pending.setdefault(parameter, []).append(arrival)
+
+    def lose(self, error: PeerLost) -> None:
+        """Replace what is under way by the reason why a new update could not begin to gather.
+
+        Waits raise it, and the update does not: an update that is begun is brought to its end,
+        because no rank can tell how much of it to repeat.
+        """
+        self.cancel()
+        self._lost = error
 
     def use(self, parameters: Iterable[nn.Parameter]) -> None:
         """Wait for parameters that are about to be used.
@@ -48,6 +61,8 @@ class ParameterArrival:
         Raises:
             PeerLost: an owner is gone.
         """
+        if self._lost is not None:
+            raise self._lost
         if self._pending:
             for parameter in parameters:
                 for arrival in self._pending.get(parameter, ()):
@@ -60,6 +75,8 @@ class ParameterArrival:
         Raises:
             PeerLost: a peer is gone.
         """
+        if self._lost is not None:
+            raise self._lost
         for arrival in self._arrivals:
             arrival.finish()
         for send in self._sends:

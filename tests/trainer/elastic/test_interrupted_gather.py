@@ -1,4 +1,4 @@
-"""A change of ranks that fails while parameters are gathered, and the one that follows it."""
+"""Changes of ranks that fail, or begin, while parameters are gathered, and what follows them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from holdfast.elastic import Generation, Identity
 from holdfast.elastic.generation import Member
 from holdfast.parallel.comm import Groups, MembershipChange, edit_groups
 from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.plan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig, convert_config
-from holdfast.trainer.elastic.state_recovery import TrainingBuilder
+from holdfast.trainer.elastic.corruption import compare_copies
+from holdfast.trainer.elastic.state_recovery import TrainingBuilder, fill_shadows
 from holdfast.trainer.elastic.transition import BETWEEN_STEPS, Transition, plan_transition
 from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import WorkerStatus, plan_recovery, status_to_data
@@ -98,16 +100,23 @@ def change_ranks(
     groups.abort("rank 2: killed by SIGKILL")
     training.close()
     groups = next_groups(training, groups, 3, store)
+    following = rebuilt(training, groups, store)
+    do_step(following, 1)
+    return following.parameter_digest()
+
+
+def rebuilt(training: Training, groups: Groups, store: Store) -> Training:
+    """The training of the generation of `groups`, which has the same ranks."""
     world = training.plan.stage_replicas.ranks
     connection = GenerationGroups(
         groups, groups.extra("members", world), groups.extra("beside", world)
     )
-    builder = TrainingBuilder(converted, rank, training.device, cast(Any, None), cast(Any, None))
-    transition = transition_of(training, converted, 3)
+    config, nothing = training.config, cast(Any, None)
+    builder = TrainingBuilder(config, training.rank, training.device, nothing, nothing)
+    transition = transition_of(training, config, groups.generation)
     built = builder.build(transition, training, connection, store, sound_until=None)
     assert built.training is not None
-    do_step(built.training, 1)
-    return built.training.parameter_digest()
+    return built.training
 
 
 @pytest.mark.mp
@@ -130,3 +139,85 @@ def test_parameters_of_a_change_that_failed_are_not_awaited_after_the_next(
     )
     assert interrupted == plain
     assert len(set(plain)) == 1
+
+
+def with_copies(training: Training) -> Training:
+    """The same training by a plan in which another rank has a copy of each block."""
+    ranks = training.plan.stage_replicas.ranks
+    nodes = {rank: f"node-{rank}" for rank in ranks}
+    plan = with_shadows(training.plan, Roster(ranks, nodes, frozenset()), 1)
+    groups = training.groups
+    copied = Training(training.config, training.rank, training.device, plan, groups)
+    fill_shadows(copied, groups.control, nodes)
+    return copied
+
+
+def lose_a_rank_while_updating(
+    rank: int, world_size: int, store: Store, *, config: dict[str, Any], lost: str
+) -> tuple[str, int]:
+    """Three steps; in the second a rank is lost while the others update their blocks.
+
+    Args:
+        lost: when that is noticed: "sends", after the first bucket has left; "receives", when all
+            have; "": no rank is lost.
+    Returns:
+        The digest of the parameters, and how many blocks have copies that differ after the change.
+    """
+    training = with_copies(
+        open_training(convert_config(config), local_world(rank, world_size), store)
+    )
+    do_step(training, 0)
+    training.compute(1)
+    training.vote(*training.reduce())
+    groups, reason = training.groups, "rank 3: killed by SIGKILL"
+    last = len(training.optimizer.owned)
+    assert last > 1
+
+    def fence(number: int) -> int:
+        if lost == "receives" and number == last:
+            groups.abort(reason)
+        return number
+
+    def at(step: int, phase: str) -> None:
+        if lost == "sends" and phase == "gather":
+            groups.abort(reason)
+
+    training.protect(fence)
+    training.apply(rate_of(training.config, 1), at)
+    training.protect(None)
+    assert training.progress.updated == 2
+    if lost:
+        assert groups.signal.reason == reason
+        assert not training.has_all_parameters
+        with pytest.raises(PeerLost):
+            training.compute(2)
+        training.close()
+    else:
+        training.finish_gather()
+    following = rebuilt(training, next_groups(training, groups, 2, store), store)
+    found = compare_copies(following, following.groups.control).corrupt
+    do_step(following, 2)
+    return following.parameter_digest(), len(found)
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("lost", ["sends", "receives"])
+def test_an_update_that_a_loss_interrupts_is_done_once(cluster: Cluster, lost: str) -> None:
+    config = make_config(
+        train={"precision": "bf16"},
+        parallel={"data": 3, "bucket_elements": 512},
+        model={"layers": 2},
+        elastic={"enabled": True, "redundancy": 1},
+    )
+    plain, interrupted = (
+        cluster.run(
+            "test_interrupted_gather:lose_a_rank_while_updating",
+            3,
+            config=msgspec.to_builtins(config),
+            lost=when,
+        )
+        for when in ("", lost)
+    )
+    assert interrupted == plain
+    assert len(set(plain)) == 1
+    assert not plain[0][1]

@@ -59,13 +59,15 @@ def compare_copies(training: Training, members: Communicator) -> CopyComparison:
     table = torch.zeros(sum(slots), copies, len(training.optimizer.form.held), dtype=torch.int64)
     states = BlockStates(training)
     first = 0
-    for index, blocks in enumerate(plan.blocks):
-        for place in range(len(blocks)):
-            holders = _holders(plan, (index, place))
-            if training.rank in holders:
-                sums = _checksums(states, (index, place))
-                table[first + place, holders.index(training.rank)] = sums
-        first += len(blocks)
+    with training.busy("compare"):
+        for index, blocks in enumerate(plan.blocks):
+            for place in range(len(blocks)):
+                holders = _holders(plan, (index, place))
+                if training.rank in holders:
+                    sums = _checksums(states, (index, place))
+                    table[first + place, holders.index(training.rank)] = sums
+            first += len(blocks)
+    # Not marked as busy: the wait for this message is no work.
     members.all_reduce(table).wait()
     found: list[Corruption] = []
     first = 0

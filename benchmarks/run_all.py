@@ -20,6 +20,7 @@ RUNS = {
     "checkpoint_scale.py": ["--json", str(OUTPUT / "checkpoint_scale.json")],
     "elastic_overhead.py": ["--json", str(OUTPUT / "elastic_overhead.json")],
     "lost_rank.py": ["--json", str(OUTPUT / "lost_rank.json")],
+    "smaller_replicas.py": ["--json", str(OUTPUT / "smaller_replicas.json")],
     "recovery.py": ["--json", str(OUTPUT / "recovery.json")],
     "replan_scale.py": ["--json", str(OUTPUT / "replan_scale.json")],
     "convert.py": ["--json", str(OUTPUT / "convert.json")],

@@ -31,6 +31,7 @@ WIDE = {
     "parallel.output.disk_queue.DiskQueue": "because one lock guards all that a retry needs",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "launch.agent.worker_slot.WorkerSlot": "hence its many attributes",
+    "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",
     "trainer.config.sections.CheckpointConfig": "A field for each key",
     "trainer.config.sections.ElasticConfig": "A field for each key",

@@ -31,6 +31,7 @@ from holdfast.parallel.errors import ConfigError, Interrupted, Stopped
 from holdfast.parallel.files import machine_identity, scratch_folder
 from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
+from holdfast.parallel.plan import replica_sizes
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import EventFile
@@ -136,7 +137,7 @@ def node_settings(
             token,
             config.parallel.ranks,
             # Fewer ranks than one stage needs cannot go on: they wait for others.
-            max(elastic.min_ranks, config.parallel.mesh.shards),
+            max(elastic.min_ranks, min(replica_sizes(config.mesh, config.parallel.shard))),
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
             agree_s=_AGREE_SHARE * elastic.apart_s,

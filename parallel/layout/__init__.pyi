@@ -26,6 +26,10 @@ from .slices import (
     Slices as Slices,
     slices_of as slices_of,
 )
+from .stage_boundary import (
+    boundary_routes as boundary_routes,
+    unit_rows as unit_rows,
+)
 from .stage_replicas import (
     StageReplica as StageReplica,
     StageReplicas as StageReplicas,

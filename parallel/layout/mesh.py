@@ -10,12 +10,13 @@ follow:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout.slices import slices_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ class Mesh:
     tensor_shards: int = 1
     """The parts of each layer along the tensor axis, of which each rank holds as many as the
     others; 1: one for each rank."""
+    context_chunks: int = 1
+    """The slices of each sequence, a multiple of the context degree."""
+    sequence_parallel: bool = False
+    """Whether the ranks of a tensor group have a share of each slice's tokens between layers."""
 
     @staticmethod
     def of(**sizes: int) -> Mesh:
@@ -196,6 +201,45 @@ class Mesh:
         return tuple(map(tuple, found))
 
     @cached_property
+    def by_replica_size(self) -> Mapping[int, Mesh]:
+        """The meshes of the stage replicas that compute the same bits, by their number of ranks.
+
+        The full size comes first. A smaller one has a divisor of the tensor degree, if the number
+        of parts is a constant of the run, and a divisor of the context degree; of equal sizes, the
+        one with the larger tensor degree, whose ranks have fewer parameters.
+        """
+        tensors = _divisors(self.tensor) if self.tensor_shards > 1 else [self.tensor]
+        found: dict[int, Mesh] = {}
+        for tensor in tensors:
+            for context in _divisors(self["context"]):
+                degrees = {"tensor": tensor, "context": context}
+                sizes = zip(self.axes, self.sizes, strict=True)
+                smaller = tuple(degrees.get(axis.name, size) for axis, size in sizes)
+                mesh = self if smaller == self.sizes else replace(self, sizes=smaller)
+                found.setdefault(mesh.shards, mesh)
+        return {size: found[size] for size in sorted(found, reverse=True)}
+
+    @cached_property
+    def token_units(self) -> tuple[tuple[int, ...], ...]:
+        """By shard, the tokens of its hidden states between layers, in the order of their rows.
+
+        A unit is the share of a sequence that no replica divides further: a slice, or with sequence
+        parallelism one of its parts.
+        """
+        each = max(self.tensor, self.tensor_shards) if self.sequence_parallel else 1
+        found = []
+        for shard in range(self.shards):
+            here = self.along(shard)
+            share = each // self.tensor if self.sequence_parallel else each
+            first = here["tensor"] * share if self.sequence_parallel else 0
+            chunks, context = self.context_chunks, self["context"]
+            slices = slices_of(chunks, chunks, context, here["context"])
+            found.append(
+                tuple(q * each + first + unit for q in slices.own for unit in range(share))
+            )
+        return tuple(found)
+
+    @cached_property
     def in_use(self) -> tuple[str, ...]:
         """The axes that are not optional, or that have several ranks."""
         return tuple(a.name for a in self.axes if not a.is_optional or self[a.name] > 1)
@@ -242,3 +286,8 @@ class Mesh:
         """The axes of a stage replica and their degrees."""
         sized = zip(self.axes, self.sizes, strict=True)
         return [(axis, size) for axis, size in sized if axis.in_stage_replica]
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, the largest first."""
+    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]

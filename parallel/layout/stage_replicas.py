@@ -1,8 +1,8 @@
 """Stage replicas: the rank at each shard index, replica and stage, regular or not.
 
 A stage replica is a group of ranks that hold one stage once. A run begins with the stage replicas
-of its mesh. After losses, stages can have different numbers of replicas, and ranks that make no
-whole stage replica become spares.
+of its mesh. After losses, stages can have different numbers of replicas, replicas can have fewer
+ranks than in the mesh (`Mesh.by_replica_size`), and ranks without a stage replica become spares.
 """
 
 from __future__ import annotations
@@ -39,9 +39,18 @@ class StageReplicas:
         )
 
     @cached_property
-    def shards(self) -> int:
-        """The number of ranks of a stage replica."""
-        return len(self.stages[0][0])
+    def largest(self) -> int:
+        """The number of ranks of the largest stage replica."""
+        return max(len(held) for stage in self.stages for held in stage)
+
+    @cached_property
+    def widest_sizes(self) -> tuple[int, ...]:
+        """The sizes in the first stage that has the most replicas."""
+        return max(map(self.sizes, range(self.pipeline)), key=len)
+
+    def sizes(self, stage: int) -> tuple[int, ...]:
+        """The number of ranks of each replica of a stage."""
+        return tuple(map(len, self.stages[stage]))
 
     @property
     def pipeline(self) -> int:

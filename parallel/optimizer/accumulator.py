@@ -19,7 +19,12 @@ from holdfast.parallel.optimizer.kernels import (
     OUT_OF_RANGE as OUT_OF_RANGE,
     operations_of,
 )
-from holdfast.parallel.optimizer.parameter_buffer import KeptSpans, ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import (
+    KeptSpans,
+    ParameterBuffer,
+    Segment,
+    Span,
+)
 from holdfast.parallel.precision import precision_of
 
 
@@ -134,6 +139,31 @@ class GradientAccumulator:
         self._flags.zero_()
         self.included.clear()
         self._empty = set(self._views)
+
+    def take_over(
+        self,
+        other: GradientAccumulator,
+        segments: Iterable[tuple[Segment, Segment, Callable[[int], int]]],
+    ) -> None:
+        """Take the sums of another accumulator of this rank, with what they include.
+
+        Args:
+            segments: a segment here, the same elements there, and the number here of a gradient
+                with a number there. All segments of a parameter are there, or none.
+        """
+        self.clear()
+        self._flags.copy_(other._flags)
+        for here, there, unit_of in segments:
+            added = other.included.get(there.parameter)
+            if not added:
+                continue
+            if self._is_first(here.parameter):
+                self._views[here.parameter].zero_()  # padding between segments included
+            count = here.spec.elements
+            sums = other.part(there.offset, there.offset + count)
+            self.part(here.offset, here.offset + count).copy_(sums)
+            units = {(micro_batch, unit_of(unit)) for micro_batch, unit in added}
+            self.included.setdefault(here.parameter, set()).update(units)
 
     def expect(
         self,

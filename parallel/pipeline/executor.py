@@ -8,8 +8,10 @@ order in which the peer sends. Sends are waited for only at the end of the step.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 from typing import Protocol
 
@@ -51,11 +53,39 @@ class ChunkRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MessageShape:
-    """The form of every message between two chunks."""
+    """The form of a hidden state between two chunks, and of its messages."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    rows_of: Callable[[int, bool], Sequence[slice] | None] = lambda peer, sends: None
+    """(peer, whether this rank sends) -> the rows of the hidden state in their messages; None: all,
+    as between replicas of one size."""
+
+    def cut(self, value: Tensor, peer: int) -> Tensor:
+        """The part of a hidden state that `peer` receives."""
+        rows = self.rows_of(peer, True)
+        return value if rows is None else torch.cat([value[row] for row in rows])
+
+    def buffer(self, peer: int) -> Tensor:
+        """The memory of a message from `peer`."""
+        rows, shape = self.rows_of(peer, False), self.shape
+        if rows is not None:
+            shape = (sum(row.stop - row.start for row in rows), *shape[1:])
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def joined(self, before: Tensor | None, message: Tensor, peer: int) -> Tensor:
+        """The hidden state with a message that has arrived, and those that came before it."""
+        rows = self.rows_of(peer, False)
+        if rows is None:
+            return message
+        whole = before
+        if whole is None:
+            whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        start = 0
+        for row in rows:
+            whole[row] = message[start : (start := start + row.stop - row.start)]
+        return whole
 
 
 @dataclass(slots=True)
@@ -153,7 +183,8 @@ class Executor:
         note = (times.actions.append, times.starts_s.append, times.stops_s.append)
         values: dict[tuple[int, int], Tensor | None] = {}
         gradients: dict[tuple[int, int], Tensor | None] = {}
-        sends: dict[tuple[Op, int, int], Handle] = {}
+        sends: dict[tuple[Op, int, int], list[Handle]] = defaultdict(list)
+        last_send = {(a.op, a.chunk, a.micro_batch): a for a in program if a.op in SENDS}
         receives = _Receives(program, order, self)
         chunks, last = self._chunks, self._last_chunk
         saved = SavedOfProgram.of(program, self._offloader)
@@ -182,22 +213,24 @@ class Executor:
                 chunks[chunk].backward_weight(micro_batch)
                 self._awaiting_weight_gradient.discard(key)
             elif op is Op.RECEIVE_FORWARD:
-                values[key] = receives.wait(action)
+                values[key] = self._received(action, values.get(key), receives)
             elif op is Op.RECEIVE_BACKWARD:
-                gradients[key] = receives.wait(action)
-                # A peer that answers has long received the earlier sends: this frees them and does
+                gradients[key] = self._received(action, gradients.get(key), receives)
+                # Peers that answer have long received the earlier sends: this frees them and does
                 # not block.
-                sends.pop((Op.SEND_FORWARD, chunk, micro_batch)).wait()
-            elif op is Op.SEND_FORWARD:
-                sends[(op, *key)] = self._send(action, values.pop((chunk + 1, micro_batch)))
-                receives.post_ahead()
+                for handle in sends.pop((Op.SEND_FORWARD, *key), ()):
+                    handle.wait()
             else:
-                sends[(op, *key)] = self._send(action, gradients.pop((chunk - 1, micro_batch)))
+                found, at = (values, 1) if op is Op.SEND_FORWARD else (gradients, -1)
+                place = chunk + at, micro_batch
+                sends[(op, *key)].append(self._send(action, found[place]))
+                if last_send[(op, *key)] is action:
+                    del found[place]
                 receives.post_ahead()
             note[0](action)
             note[1](start)
             note[2](perf_counter())
-        for handle in sends.values():
+        for handle in chain.from_iterable(sends.values()):
             handle.wait()
         saved.end()
         return times
@@ -207,13 +240,18 @@ class Executor:
         assert action.peer is not None
         received = matching_receive(action, action.peer)
         tag = message_tag(received.op, received.chunk, received.micro_batch, self._micro_batches)
-        return self._comm.send(tensor.detach().contiguous(), action.peer, tag)
+        message = self._message.cut(tensor.detach(), action.peer).contiguous()
+        return self._comm.send(message, action.peer, tag)
+
+    def _received(self, action: Action, before: Tensor | None, receives: _Receives) -> Tensor:
+        """The hidden state with the message of `action`, once that is here."""
+        assert action.peer is not None
+        return self._message.joined(before, receives.wait(action), action.peer)
 
     def post(self, action: Action) -> _Posted:
         """Begin to receive the message of `action`."""
         assert action.peer is not None
-        message = self._message
-        buffer = torch.empty(message.shape, dtype=message.dtype, device=message.device)
+        buffer = self._message.buffer(action.peer)
         tag = message_tag(action.op, action.chunk, action.micro_batch, self._micro_batches)
         return _Posted(self._comm.receive(buffer, action.peer, tag), buffer)
 

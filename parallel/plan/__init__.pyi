@@ -24,6 +24,10 @@ from .cost import (
     replica_timeline as replica_timeline,
     step_time_s as step_time_s,
 )
+from .formation import (
+    Roster as Roster,
+    replica_sizes as replica_sizes,
+)
 from .initial import (
     MICRO_BATCH_ORDERS as MICRO_BATCH_ORDERS,
     make_plan as make_plan,
@@ -41,10 +45,10 @@ from .plan import (
 )
 from .programs import (
     evaluation_program as evaluation_program,
+    message_units as message_units,
     training_program as training_program,
 )
 from .replan import (
-    Roster as Roster,
     replan as replan,
     with_shadows as with_shadows,
     would_move_layers as would_move_layers,

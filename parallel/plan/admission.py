@@ -14,11 +14,13 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
+from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.block_transfers import held_blocks, incoming_blocks
+from holdfast.parallel.plan.formation import Roster, replica_sizes
 from holdfast.parallel.plan.ownership import BlockKey
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.parallel.plan.replan import replan
 from holdfast.parallel.plan.shadow_placement import Shadows
 
 
@@ -46,7 +48,8 @@ def next_plan(
     present = frozenset(roster.ranks)
     waiting = present & (roster.fresh if filled else roster.fresh | _empty(plan))
     ready = present - waiting
-    if not _stands(lasting, ready):
+    prepared = replace(roster, ranks=tuple(sorted(ready)), fresh=frozenset())
+    if not _stands(lasting, prepared):
         return replan(
             lasting,
             replace(roster, fresh=waiting),
@@ -60,7 +63,7 @@ def next_plan(
     else:
         now = replan(
             lasting,
-            Roster(tuple(sorted(ready)), roster.node_of),
+            prepared,
             generation=generation,
             redundancy=redundancy,
             move_layers=False,
@@ -72,7 +75,7 @@ def next_plan(
     for may_move in (move_layers, True):  # what is only made ready comes into force between steps
         following = replan(
             now,
-            Roster(roster.ranks, roster.node_of),
+            replace(roster, fresh=frozenset()),
             generation=generation,
             redundancy=redundancy,
             move_layers=may_move,
@@ -99,10 +102,20 @@ def _empty(plan: Plan) -> frozenset[int]:
     return frozenset(rank for rank, keys in coming.items() if keys and not held[rank])
 
 
-def _stands(plan: Plan, ready: frozenset[int]) -> bool:
-    """Whether each stage keeps a stage replica."""
-    return all(
-        any(ready.issuperset(replica) for replica in stage) for stage in plan.stage_replicas.stages
+def _stands(plan: Plan, roster: Roster) -> bool:
+    """Whether each stage keeps a stage replica, or its ranks can form a smaller one."""
+    ready = frozenset(roster.ranks)
+    stages = plan.stage_replicas.stages
+    if all(any(ready.issuperset(replica) for replica in stage) for stage in stages):
+        return True
+    if len(replica_sizes(plan.configured_mesh, plan.shard)) == 1:
+        return False
+    try:
+        formed = replan(plan, roster, generation=plan.generation, move_layers=False)
+    except ConfigError:
+        return False
+    return formed.stage_replicas.pipeline == len(stages) and all(
+        any(not ready.isdisjoint(replica) for replica in stage) for stage in stages
     )
 
 

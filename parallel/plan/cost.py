@@ -177,8 +177,8 @@ def step_time_s(
 
     ranks = (
         plan.stage_replicas.rank(shard, slowest, stage)
-        for shard in range(plan.stage_replicas.shards)
         for stage in range(plan.stage_replicas.pipeline)
+        for shard in range(plan.stage_replicas.sizes(stage)[slowest])
     )
     return computed + max(map(exchange_s, ranks))
 
@@ -189,8 +189,10 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
     A chunk's activations of a micro-batch are kept from its forward to its backward, or to its
     weight part if the backward is split.
     """
+    share = plan.configured_mesh.shards / plan.mesh_of(rank).shards
     chunk_bytes = {
-        chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)
+        chunk: share * plan.activation_bytes(plan.chunk_layers[chunk])
+        for chunk in plan.chunks_of(rank)
     }
     return int(peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__))
 

@@ -5,9 +5,11 @@ Pure. Needs no torch.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
@@ -83,7 +85,7 @@ def make_plan(
         schedule=schedule,
         chunk_layers=tuple(pairwise(edges)),
         placement=where,
-        micro_batches=split_micro_batches(micro_batches, mesh.data, micro_batch_order),
+        micro_batches=split_micro_batches(micro_batches, [1] * mesh.data, micro_batch_order),
         block_elements=block_elements,
         configured_mesh=mesh,
         configured_layers=tuple(pairwise(edges)),
@@ -164,16 +166,45 @@ def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[i
     return edges
 
 
-def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
-    """Contiguous runs of micro-batch numbers, one per replica, which differ by one at most.
+def micro_batch_counts(count: int, sizes: Sequence[int]) -> list[int]:
+    """The micro-batches of each replica, so that the last one is done as early as it can be. Pure.
+
+    A micro-batch takes a replica of half the ranks twice as long: each next one goes to the replica
+    that would be done with it first.
 
     Args:
+        sizes: the number of ranks of each replica.
+    """
+    if len(set(sizes)) == 1:
+        base, extra = divmod(count, len(sizes))
+        return [base + (replica < extra) for replica in range(len(sizes))]
+    total = sum(sizes)
+    # What all have in any case; then one by one.
+    found = [max(0, count * size // total - 1) for size in sizes]
+    heap = [
+        (Fraction(done + 1, size), -size, replica)
+        for replica, (done, size) in enumerate(zip(found, sizes, strict=True))
+    ]
+    heapq.heapify(heap)
+    for _ in range(count - sum(found)):
+        time, size, replica = heap[0]
+        found[replica] += 1
+        heapq.heapreplace(heap, (time - Fraction(1, size), size, replica))
+    return found
+
+
+def split_micro_batches(
+    count: int, sizes: Sequence[int], order: str
+) -> tuple[tuple[int, ...], ...]:
+    """Contiguous runs of micro-batch numbers, one per replica; see `micro_batch_counts`.
+
+    Args:
+        sizes: the number of ranks of each replica.
         order: a name in `MICRO_BATCH_ORDERS`, for the order within each run.
     """
-    base, extra = divmod(count, replicas)
     runs, start = [], 0
-    for replica in range(replicas):
-        stop = start + base + (replica < extra)
-        runs.append(tuple(MICRO_BATCH_ORDERS[order](list(range(start, stop)), replica)))
-        start = stop
+    for replica, own in enumerate(micro_batch_counts(count, sizes)):
+        numbers = list(range(start, start + own))
+        runs.append(tuple(MICRO_BATCH_ORDERS[order](numbers, replica)))
+        start += own
     return tuple(runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
@@ -57,17 +57,22 @@ def assign_owners(
     sizes: Sequence[int],
     candidates: Sequence[tuple[int, ...]],
     previous: Sequence[int | None] | None = None,
+    *,
+    share_of: Callable[[int], float] | None = None,
 ) -> tuple[int, ...]:
     """The owner of every block: balanced, with as few moves as balance allows.
 
     Blocks with equal candidates are divided among these. Without `previous`, each candidate gets
     one contiguous run. With it, blocks keep their owners. Orphans (blocks whose owner is None or no
     candidate) go to the least loaded candidates, largest first. Then blocks leave the fullest
-    candidates only while one holds more than the mean and the largest block together.
+    candidates only while one holds more than its share and the largest block together.
 
+    Args:
+        share_of: with `previous`: how much a candidate gets beside others of its group; None: all
+            as much.
     Returns:
         One rank per block. The largest load of a group of candidates is at most the mean load plus
-        the group's largest block.
+        the group's largest block, where shares are equal.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     known: dict[int, list[int]] = {}  # a tuple of 100,000 ranks is hashed once, not for each block
@@ -83,7 +88,10 @@ def assign_owners(
             chosen = _contiguous([sizes[b] for b in members], group)
         else:
             chosen = _minimal_moves(
-                [sizes[b] for b in members], group, [previous[b] for b in members]
+                [sizes[b] for b in members],
+                group,
+                [previous[b] for b in members],
+                dict.fromkeys(group, 1.0) if share_of is None else {r: share_of(r) for r in group},
             )
         for block, owner in zip(members, chosen, strict=True):
             owners[block] = owner
@@ -130,7 +138,10 @@ def _contiguous(sizes: Sequence[int], group: tuple[int, ...]) -> list[int]:
 
 
 def _minimal_moves(
-    sizes: Sequence[int], group: tuple[int, ...], previous: Sequence[int | None]
+    sizes: Sequence[int],
+    group: tuple[int, ...],
+    previous: Sequence[int | None],
+    shares: Mapping[int, float],
 ) -> list[int]:
     remaining = set(group)
     chosen: list[int | None] = [owner if owner in remaining else None for owner in previous]
@@ -138,36 +149,38 @@ def _minimal_moves(
     for size, owner in zip(sizes, chosen, strict=True):
         if owner is not None:
             load[owner] += size
-    heap = [(amount, owner) for owner, amount in load.items()]
+    heap = [(amount / shares[owner], owner) for owner, amount in load.items()]
     heapq.heapify(heap)
     orphans = [block for block, owner in enumerate(chosen) if owner is None]
     for block in sorted(orphans, key=lambda b: (-sizes[b], b)):
-        amount, owner = heapq.heappop(heap)
+        _, owner = heapq.heappop(heap)
         chosen[block] = owner
-        load[owner] = amount + sizes[block]
-        heapq.heappush(heap, (load[owner], owner))
+        load[owner] += sizes[block]
+        heapq.heappush(heap, (load[owner] / shares[owner], owner))
     result = [owner for owner in chosen if owner is not None]
-    _level(sizes, result, load)
+    _level(sizes, result, load, shares)
     return result
 
 
-def _level(sizes: Sequence[int], chosen: list[int], load: dict[int, int]) -> None:
-    """Move blocks from the fullest to the emptiest while it exceeds mean + largest block."""
-    limit = sum(sizes) / len(load) + max(sizes, default=0)
+def _level(
+    sizes: Sequence[int], chosen: list[int], load: dict[int, int], shares: Mapping[int, float]
+) -> None:
+    """Move blocks from the fullest to the emptiest while it exceeds its share + largest block."""
+    each, largest = sum(sizes) / sum(shares.values()), max(sizes, default=0)
     held: dict[int, list[int]] = {owner: [] for owner in load}
     for block, owner in enumerate(chosen):
         held[owner].append(block)
-    full = [(-amount, owner) for owner, amount in load.items()]
-    empty = [(amount, owner) for owner, amount in load.items()]
+    full = [(each * shares[owner] - amount, owner) for owner, amount in load.items()]
+    empty = [(amount / shares[owner], owner) for owner, amount in load.items()]
     heapq.heapify(full)
     heapq.heapify(empty)
     while full:
-        amount, giver = heapq.heappop(full)
-        if -amount != load[giver]:
+        below, giver = heapq.heappop(full)
+        if below != each * shares[giver] - load[giver]:
             continue
-        if load[giver] <= limit:
+        if -below <= largest:
             return
-        while empty[0][0] != load[empty[0][1]]:
+        while empty[0][0] != load[empty[0][1]] / shares[empty[0][1]]:
             heapq.heappop(empty)
         taker = empty[0][1]
         block = held[giver].pop()
@@ -175,6 +188,6 @@ def _level(sizes: Sequence[int], chosen: list[int], load: dict[int, int]) -> Non
         held[taker].append(block)
         load[giver] -= sizes[block]
         load[taker] += sizes[block]
-        heapq.heappush(full, (-load[giver], giver))
         for owner in (giver, taker):
-            heapq.heappush(empty, (load[owner], owner))
+            heapq.heappush(full, (each * shares[owner] - load[owner], owner))
+            heapq.heappush(empty, (load[owner] / shares[owner], owner))

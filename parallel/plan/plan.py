@@ -238,19 +238,31 @@ class Plan:
         block = self.block(key)
         return block.layer, block.spec_index, key
 
+    def mesh_of(self, rank: int) -> Mesh:
+        """The mesh of a rank's stage replica; the configured one for a spare.
+
+        A stage replica that has lost ranks may have smaller degrees.
+        """
+        place = self.stage_replicas.find(rank)
+        return self.configured_mesh if place is None else self._mesh_at(place.pipeline, place.data)
+
+    def _mesh_at(self, stage: int, replica: int) -> Mesh:
+        mesh, size = self.configured_mesh, len(self.stage_replicas.stages[stage][replica])
+        return mesh if size == mesh.shards else mesh.by_replica_size[size]
+
     def axis_groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         """By axis inside a stage replica, the ranks that differ from one along that axis only.
 
         With several axes, "shards" has all ranks of the stage replica. Optional axes are left out
-        if they have a single rank.
+        if they have a single rank in the configured mesh.
         """
-        mesh, replica = self.configured_mesh, self.stage_replicas.stage_replica(rank)
+        mesh, replica = self.mesh_of(rank), self.stage_replicas.stage_replica(rank)
         shard = self.stage_replicas.shard_index(rank)
         groups = {
             axis: tuple(replica[other] for other in mesh.peers(axis, shard))
             if len(replica) > 1
             else replica
-            for axis in mesh.axes_inside
+            for axis in self.configured_mesh.axes_inside
         }
         return groups if len(groups) == 1 else {**groups, "shards": replica}
 
@@ -261,7 +273,7 @@ class Plan:
     def parts_of(self, rank: int) -> tuple[int, ...]:
         """The parts of the parameters that a rank holds; those of shard 0 for a spare, which holds
         none."""
-        return self.configured_mesh.parts_of(self.stage_replicas.shard_index(rank))
+        return self.mesh_of(rank).parts_of(self.stage_replicas.shard_index(rank))
 
     def rows_of(self, rank: int, layer: int) -> list[HeldRow]:
         """The rows of a layer's tables that a rank holds, by part."""
@@ -271,11 +283,14 @@ class Plan:
         """The ranks of a stage that hold one of some parts of its parameters, by replica."""
 
         def find() -> tuple[int, ...]:
-            of_part = self.configured_mesh.shards_of_part
-            shards = sorted({shard for part in parts for shard in of_part[part]})
-            return tuple(
-                ranks[shard] for ranks in self.stage_replicas.stages[stage] for shard in shards
-            )
+            shards: dict[int, list[int]] = {}
+            ranks: list[int] = []
+            for replica, held in enumerate(self.stage_replicas.stages[stage]):
+                if len(held) not in shards:
+                    of_part = self._mesh_at(stage, replica).shards_of_part
+                    shards[len(held)] = sorted({k for part in parts for k in of_part[part]})
+                ranks += (held[shard] for shard in shards[len(held)])
+            return tuple(ranks)
 
         return self.derived("holders", (parts, stage), find)
 

@@ -7,9 +7,9 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from holdfast.parallel.layout import Coordinates
+from holdfast.parallel.layout import Coordinates, boundary_routes
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.rerouting import (
     SCHEDULED_PAIRS,
@@ -19,12 +19,15 @@ from holdfast.parallel.plan.rerouting import (
     stage_caps,
 )
 from holdfast.parallel.schedules import (
+    SENDS,
     Action,
+    Op,
+    PeersOf,
     Program,
     compute_programs,
     forward_only,
     peak_in_flight,
-    with_messages,
+    program_with_messages,
 )
 
 _Generator = Callable[[str, int, int, int], tuple[Program, ...]]
@@ -61,17 +64,37 @@ def _program(
         named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
     else:
         named = _rerouted(plan, kind, at, only, generate)
-    replicas = _computing_replicas(plan)
-    complete = with_messages(
-        {rank: named},
-        lambda chunk, micro_batch: plan.stage_replicas.rank(
-            at.shard,
-            replicas[plan.placement[chunk]][micro_batch],
-            plan.placement[chunk],
-        ),
-        chunks=len(plan.placement),
-    )
-    return complete[rank]
+    return program_with_messages(named, _peers_of(plan, rank, at), chunks=len(plan.placement))
+
+
+def _peers_of(plan: Plan, rank: int, at: Coordinates) -> PeersOf:
+    """The ranks that a rank exchanges hidden states and their gradients with."""
+    replicas, places, sends = _computing_replicas(plan), plan.stage_replicas, set(SENDS)
+    here = len(places.stages[at.pipeline][at.data])
+
+    def peers_of(op: Op, chunk: int, micro_batch: int) -> Sequence[int]:
+        stage = plan.placement[chunk]
+        there = places.stages[stage][replicas[stage][micro_batch]]
+        if len(there) == here:  # shard to shard
+            peer = there[at.shard]
+            return () if peer == rank else (peer,)
+        return [peer for peer in there if message_units(plan, rank, peer, sends=op in sends)]
+
+    return peers_of
+
+
+def message_units(plan: Plan, rank: int, peer: int, *, sends: bool) -> tuple[int, ...]:
+    """The tokens of a message between two ranks of different stage replicas. Pure.
+
+    Args:
+        sends: whether `rank` sends it; else it receives it.
+    Returns:
+        Their units (`Mesh.token_units`); none if there is no such message.
+    """
+    sender, receiver = (rank, peer) if sends else (peer, rank)
+    routes = boundary_routes(plan.mesh_of(sender), plan.mesh_of(receiver))
+    shard_of = plan.stage_replicas.shard_index
+    return routes[shard_of(receiver)].get(shard_of(sender), ())
 
 
 def _regular_programs(
@@ -141,24 +164,46 @@ def _rerouted(
 def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int, Program]:
     """The list-scheduled compute actions of all stage replicas, by stage x widest + replica."""
     replicas, widest = _computing_replicas(plan), plan.stage_replicas.widest
+
+    def number_of(stage: int, micro_batch: int) -> int:
+        return stage * widest + replicas[stage][micro_batch]
+
+    slowness = {
+        stage * widest + replica: plan.configured_mesh.shards / size
+        for stage in range(plan.stage_replicas.pipeline)
+        for replica, size in enumerate(plan.stage_replicas.sizes(stage))
+    }
+    caps = _caps(plan)
     return scheduled_programs(
         plan.placement,
-        lambda stage, micro_batch: stage * widest + replicas[stage][micro_batch],
-        by_replica,
+        number_of,
+        _entering(plan, by_replica),
         [
             sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
             for chunk in range(len(plan.placement))
         ],
-        {
-            stage * widest + replica: cap
-            for stage, cap in enumerate(_caps(plan))
-            for replica in range(plan.stage_replicas.replicas(stage))
-        },
+        slowness,
+        {number: caps[number // widest] for number in slowness},
     )
 
 
+def _entering(plan: Plan, by_replica: Sequence[Sequence[int]]) -> list[int]:
+    """The micro-batches of all rows, each row's as fast as its replica takes them."""
+    sizes = plan.stage_replicas.widest_sizes
+    places = (
+        ((place + 1) / sizes[row], row, number)
+        for row, numbers in enumerate(by_replica)
+        for place, number in enumerate(numbers)
+    )
+    return [number for _, _, number in sorted(places)]
+
+
 def _caps(plan: Plan) -> tuple[int, ...]:
-    """By stage, the most chunk activations that a stage replica may keep if stages differ."""
+    """By stage, the most chunk activations that a stage replica may keep if stages differ.
+
+    A smaller replica may keep as many, though each is larger on its ranks: with fewer it would wait
+    for other stages. `Roster.has_room` says whether they fit.
+    """
     regular = list(map(plan.activation_bytes, plan.configured_layers))
     longest = -(-sum(map(len, plan.micro_batches)) // plan.configured_mesh.data)
     fullest = max(

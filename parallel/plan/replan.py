@@ -1,22 +1,23 @@
 """The next plan after ranks are lost or join: every stage computed, little moved.
 
-Whole stage replicas stay as they are. The other ranks form new ones, which go to the stages with
-the fewest. The micro-batches of a lost stage replica go to the other replicas of its stage, so
-activations cross pipelines (ReCycle, Gandhi et al. 2024). If stages are then out of balance, layers
+Whole stage replicas stay as they are, and the other ranks form new ones (formation.py), which may
+be smaller. The micro-batches of a stage are divided by the ranks of its replicas, so activations
+cross pipelines (ReCycle, Gandhi et al. 2024). If stages are then out of balance, layers
 move between them (the minimax partition of ElasWave, 2025). Only blocks of lost ranks, and of
 layers that moved, get another owner. Pure and equal on every rank. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from math import inf
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.layout import StageReplica, StageReplicas
-from holdfast.parallel.plan.initial import split_micro_batches
+from holdfast.parallel.layout import StageReplicas
+from holdfast.parallel.plan.formation import Roster, next_stage_replicas, replica_sizes
+from holdfast.parallel.plan.initial import micro_batch_counts, split_micro_batches
 from holdfast.parallel.plan.ownership import assign_owners
 from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
@@ -24,16 +25,6 @@ from holdfast.parallel.schedules import placement
 
 _WORTH = 0.05
 """Layers move if the slowest stage becomes faster by more than this share of its time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Roster:
-    """The ranks that may be in the next plan."""
-
-    ranks: tuple[int, ...]
-    node_of: Mapping[int, str]
-    fresh: frozenset[int] = field(default=frozenset())
-    """The ranks among them that hold no state yet."""
 
 
 def replan(
@@ -52,16 +43,43 @@ def replan(
     Raises:
         ConfigError: there are too few ranks for a single stage replica.
     """
-    stage_replicas = _stage_replicas(plan, roster)
+    sizes = replica_sizes(plan.configured_mesh, plan.shard)
+    while True:
+        found = _planned(plan, roster, sizes, generation=generation, move_layers=move_layers)
+        found = with_shadows(found, roster, redundancy, previous=plan)
+        too_small = _without_room(found, roster)
+        if not too_small:
+            return found
+        sizes = tuple(size for size in sizes if size > max(too_small))
+
+
+def _without_room(plan: Plan, roster: Roster) -> set[int]:
+    """The sizes of smaller stage replicas that have a rank whose memory does not suffice."""
+    has_room, whole = roster.has_room, plan.configured_mesh.shards
+    if has_room is None:
+        return set()
+    return {
+        len(replica)
+        for stage in plan.stage_replicas.stages
+        for replica in stage
+        if len(replica) < whole and not all(has_room(plan, rank) for rank in replica)
+    }
+
+
+def _planned(
+    plan: Plan, roster: Roster, sizes: tuple[int, ...], *, generation: int, move_layers: bool
+) -> Plan:
+    """The plan without shadows, with stage replicas of some sizes."""
+    stage_replicas = next_stage_replicas(plan, roster, sizes)
     if stage_replicas.pipeline == plan.stage_replicas.pipeline:
         placed, chunk_layers = plan.placement, plan.chunk_layers
-        if move_layers and plan.virtual == 1:
+        if move_layers:
             chunk_layers = _moved_layers(plan, stage_replicas)
     else:
         placed = placement(plan.schedule, stage_replicas.pipeline, plan.virtual)
         chunk_layers = _even_chunks(plan, placed, stage_replicas)
-    by_replica = split_micro_batches(
-        sum(map(len, plan.micro_batches)), stage_replicas.widest, plan.micro_batch_order
+    by_replica, assignment = divide_micro_batches(
+        stage_replicas, sum(map(len, plan.micro_batches)), plan.micro_batch_order
     )
     changed = plan.evolved(
         generation=generation,
@@ -69,19 +87,17 @@ def replan(
         placement=placed,
         chunk_layers=chunk_layers,
         micro_batches=by_replica,
-        assignment=assign_micro_batches(stage_replicas, by_replica),
+        assignment=assignment,
         given_owners=None,
         shadows=(),
         incoming=(),
     )
-    owners = _owners(plan, changed, roster)
-    changed = changed.evolved(given_owners=owners)
-    return with_shadows(changed, roster, redundancy, previous=plan)
+    return changed.evolved(given_owners=_owners(plan, changed, roster))
 
 
 def would_move_layers(plan: Plan) -> bool:
     """Whether moving layers between stages is worth it, with the ranks as they are."""
-    return plan.virtual == 1 and _moved_layers(plan, plan.stage_replicas) != plan.chunk_layers
+    return _moved_layers(plan, plan.stage_replicas) != plan.chunk_layers
 
 
 def with_shadows(
@@ -109,102 +125,52 @@ def with_shadows(
     return plan.evolved(shadows=found)
 
 
-def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
-    """The next stage replicas: whole ones stay, new ones go to the stages with the fewest."""
-    old, size = plan.stage_replicas, plan.stage_replicas.shards
-    present = set(roster.ranks)
-    kept = [[replica for replica in stage if present.issuperset(replica)] for stage in old.stages]
-    pool = present - {rank for stage in kept for replica in stage for rank in replica}
-    formed, spares = _formed(pool, size, plan, roster)
-    count = sum(map(len, kept)) + len(formed)
-    if not count:
-        raise ConfigError(
-            f"{len(present)} ranks are left, but a stage replica takes {size} "
-            f"({plan.configured_mesh.stage_replica_text}); bring ranks back"
-        )
-    pipeline = min(plan.configured_mesh.pipeline, count)
-    if pipeline != old.pipeline:
-        ordered = [replica for stage in kept for replica in stage] + formed
-        edges = [k * count // pipeline for k in range(pipeline + 1)]
-        kept = [ordered[a:b] for a, b in pairwise(edges)]
-    else:
-        for replica in formed:
-            _place(replica, kept, plan)
-        _level(kept)
-    limit = sum(map(len, plan.micro_batches))
-    idle = [rank for stage in kept for replica in stage[limit:] for rank in replica]
-    stages = tuple(tuple(stage[:limit]) for stage in kept)
-    return StageReplicas(stages, tuple(sorted((*spares, *idle))))
+def divide_micro_batches(
+    stage_replicas: StageReplicas, count: int, order: str
+) -> tuple[tuple[tuple[int, ...], ...], MicroBatchAssignment | None]:
+    """The micro-batches of the replicas of the widest stage, and those of every stage. Pure.
 
+    The second is None if all stages have replicas of the same sizes.
 
-def _formed(
-    pool: set[int], size: int, plan: Plan, roster: Roster
-) -> tuple[list[StageReplica], list[int]]:
-    """New stage replicas from ranks without one, and the ranks left over."""
-    stage_replicas: list[StageReplica] = []
-    left = set(pool)
-    for first in sorted(rank for rank in pool if rank % size == 0):
-        configured = tuple(range(first, first + size))
-        if left.issuperset(configured):
-            stage_replicas.append(configured)
-            left.difference_update(configured)
-    rest = sorted(left, key=lambda rank: (roster.node_of[rank], rank))
-    whole = len(rest) - len(rest) % size
-    for start in range(0, whole, size):
-        group = rest[start : start + size]
-        stage_replicas.append(
-            tuple(sorted(group, key=lambda r: (plan.stage_replicas.shard_index(r), r)))
-        )
-    return stage_replicas, rest[whole:]
-
-
-def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
-    """Add a stage replica to the stage with the fewest; among equals, to its configured stage."""
-    configured = (
-        plan.configured_mesh.coordinates(replica[0]).pipeline
-        if replica[0] < plan.configured_mesh.size
-        else -1
-    )
-    stage = min(range(len(stages)), key=lambda s: (len(stages[s]), s != configured, s))
-    stages[stage].append(replica)
-    stages[stage].sort()
-
-
-def _level(stages: list[list[StageReplica]]) -> None:
-    """Move stage replicas from full stages to others until their numbers differ by one at most."""
-    while True:
-        most = max(range(len(stages)), key=lambda s: (len(stages[s]), s))
-        fewest = min(range(len(stages)), key=lambda s: (len(stages[s]), s))
-        if len(stages[most]) - len(stages[fewest]) < 2:
-            return
-        stages[fewest].append(stages[most].pop())
-
-
-def assign_micro_batches(
-    stage_replicas: StageReplicas, by_replica: Sequence[tuple[int, ...]]
-) -> MicroBatchAssignment | None:
-    """The micro-batches of each stage replica; None if every stage has all its replicas."""
-    if all(
-        stage_replicas.replicas(stage) == len(by_replica)
-        for stage in range(stage_replicas.pipeline)
-    ):
-        return None
-    return tuple(
-        _assign_in_stage(stage_replicas.replicas(s), by_replica)
-        for s in range(stage_replicas.pipeline)
-    )
+    Args:
+        count: the micro-batches of a step.
+        order: a name in `MICRO_BATCH_ORDERS`.
+    """
+    sizes = [stage_replicas.sizes(stage) for stage in range(stage_replicas.pipeline)]
+    widest = stage_replicas.widest_sizes
+    rows = split_micro_batches(count, widest, order)
+    if all(found == widest for found in sizes):
+        return rows, None
+    return rows, tuple(_assign_in_stage(found, rows) for found in sizes)
 
 
 def _assign_in_stage(
-    replicas: int, by_replica: Sequence[tuple[int, ...]]
+    sizes: Sequence[int], rows: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-    """The micro-batches of each replica: its own, and an even part of those of missing replicas."""
-    assigned = [list(row) for row in by_replica[:replicas]]
-    rest = sorted(
-        (place, number) for row in by_replica[replicas:] for place, number in enumerate(row)
-    )
+    """The micro-batches of each replica: of its own row as many as it can do in time, and a part of
+    those of other rows. What a row gives away is spread over it, so that no replica waits long."""
+    counts = micro_batch_counts(sum(map(len, rows)), sizes)
+    assigned: list[list[int]] = [[] for _ in counts]
+    rest: list[tuple[int, int]] = []
+    for replica, row in enumerate(rows):
+        given = len(row) - min(len(row), counts[replica] if replica < len(counts) else 0)
+        for place, number in enumerate(row):
+            if (place + 1) * given // len(row) > place * given // len(row):
+                rest.append((place, number))
+            else:
+                assigned[replica].append(number)
+    rest.sort()
+    heap = [
+        ((len(numbers) + 1) / size, replica)
+        for replica, (numbers, size) in enumerate(zip(assigned, sizes, strict=True))
+        if len(numbers) < counts[replica]
+    ]
+    heapq.heapify(heap)
     for _, number in rest:
-        min(assigned, key=len).append(number)
+        _, replica = heapq.heappop(heap)
+        assigned[replica].append(number)
+        if len(assigned[replica]) < counts[replica]:
+            heapq.heappush(heap, ((len(assigned[replica]) + 1) / sizes[replica], replica))
     return tuple(map(tuple, assigned))
 
 
@@ -215,7 +181,7 @@ def _stage_weights(plan: Plan) -> list[float]:
 def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int, int], ...]:
     """The layers of each stage: unchanged, or balanced if that is worth moving them."""
     weights = _stage_weights(plan)
-    capacity = [stage_replicas.replicas(stage) for stage in plan.placement]
+    capacity = _capacity(plan, stage_replicas, plan.placement)
     if min(capacity) == max(capacity) and _is_configured(plan, stage_replicas):
         return plan.configured_layers
     best = minimax_partition(weights, capacity)
@@ -223,6 +189,11 @@ def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int,
     if _slowest(weights, best, capacity) < (1 - _WORTH) * current:
         return best
     return plan.chunk_layers
+
+
+def _capacity(plan: Plan, stage_replicas: StageReplicas, placed: Sequence[int]) -> list[float]:
+    """The ranks of each chunk's stage, counted in whole stage replicas."""
+    return [sum(stage_replicas.sizes(at)) / plan.configured_mesh.shards for at in placed]
 
 
 def _is_configured(plan: Plan, stage_replicas: StageReplicas) -> bool:
@@ -237,16 +208,14 @@ def _even_chunks(
         return plan.configured_layers
     if len(placed) == 1:
         return ((0, len(plan.layers)),)
-    capacity = [stage_replicas.replicas(stage) for stage in placed]
+    capacity = _capacity(plan, stage_replicas, placed)
     return minimax_partition(_stage_weights(plan), capacity)
 
 
 def _slowest(
-    weights: Sequence[float], parts: Sequence[tuple[int, int]], capacity: Sequence[int]
+    weights: Sequence[float], parts: Sequence[tuple[int, int]], capacity: Sequence[float]
 ) -> float:
-    return max(
-        sum(weights[a:b]) / replicas for (a, b), replicas in zip(parts, capacity, strict=True)
-    )
+    return max(sum(weights[a:b]) / ranks for (a, b), ranks in zip(parts, capacity, strict=True))
 
 
 def minimax_partition(
@@ -286,6 +255,7 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
     staying = set(after.stage_replicas.ranks) - roster.fresh
     touched = _touched_stages(before, after, roster)
     stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
+    shares = _shares(after)
     found = []
     for index, blocks in enumerate(after.blocks):
         owners = list(before.owners[index])
@@ -294,11 +264,24 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
             [blocks[place].elements for place in places],
             [after.contributors(blocks[place]) for place in places],
             [owners[place] if owners[place] in staying else None for place in places],
+            share_of=shares.__getitem__ if shares else None,
         )
         for place, owner in zip(places, chosen, strict=True):
             owners[place] = owner
         found.append(tuple(owners))
     return tuple(found)
+
+
+def _shares(plan: Plan) -> dict[int, float]:
+    """The share of a part that each rank owns, relative to others: less of each, with more parts.
+
+    Empty if all ranks have equally many.
+    """
+    placed = [rank for stage in plan.stage_replicas.stages for held in stage for rank in held]
+    counts = {rank: len(plan.parts_of(rank)) for rank in placed}
+    if len(set(counts.values())) == 1:
+        return {}
+    return {rank: 1 / count for rank, count in counts.items()}
 
 
 def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:

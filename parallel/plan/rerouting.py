@@ -85,8 +85,9 @@ def stage_caps(
 def scheduled_programs(
     placement: Sequence[int],
     replica_of: Callable[[int, int], int],
-    by_replica: Sequence[Sequence[int]],
+    entering: Sequence[int],
     work: Sequence[float],
+    slowness: Mapping[int, float],
     caps: Mapping[int, int],
 ) -> dict[int, Program]:
     """The compute actions of all stage replicas, by number, in the shortest order found.
@@ -94,24 +95,30 @@ def scheduled_programs(
     Args:
         placement: the stage of each chunk.
         replica_of: (stage, micro-batch) -> the number of the stage replica that computes it.
-        by_replica: the micro-batches of each replica of a full mesh, in order; those left out are
-            not computed.
+        entering: the micro-batches to compute, in the order in which they should enter.
         work: the operations of one micro-batch's forward pass, by chunk.
+        slowness: how many times as long each stage replica takes for it, by the same numbers.
         caps: the most chunk activations of each stage replica at once, by the same numbers.
     """
-    longest = max(map(len, by_replica))
-    entering = [row[place] for place in range(longest) for row in by_replica if place < len(row)]
     times = {
         Op.FORWARD: 1,
         Op.BACKWARD: 2,
         Op.BACKWARD_INPUT: 1,
         Op.BACKWARD_WEIGHT: 1,
     }
+
+    def owner_of(chunk: int, micro_batch: int) -> int:
+        return replica_of(placement[chunk], micro_batch)
+
+    def cost(action: Action) -> float:
+        slow = slowness[owner_of(action.chunk, action.micro_batch)]
+        return times[action.op] * max(1.0, work[action.chunk]) * slow
+
     return list_schedule(
         len(placement),
         entering,
-        lambda chunk, micro_batch: replica_of(placement[chunk], micro_batch),
-        lambda action: times[action.op] * max(1.0, work[action.chunk]),
+        owner_of,
+        cost,
         cap=caps,
         split_backward=True,
         all_rules=len(placement) * len(entering) <= _THOROUGH_PAIRS,

@@ -11,9 +11,8 @@ from msgspec import Meta
 
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import StageReplicas
-from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.plan.replan import assign_micro_batches
+from holdfast.parallel.plan.replan import divide_micro_batches
 from holdfast.parallel.reading import Count, of_kind
 
 _T = TypeVar("_T")
@@ -39,13 +38,15 @@ class _PlanData(msgspec.Struct, frozen=True):
         Raises:
             ValueError: it cannot.
         """
-        shards = first.configured_mesh.shards
+        sizes = first.configured_mesh.by_replica_size
         ranks = [rank for stage in self.stages for held in stage for rank in held]
         ranks += self.spares
         if not self.stages or not all(self.stages) or len(set(ranks)) != len(ranks):
             raise ValueError("a stage has no ranks, or a rank has two places")
-        if any(len(held) != shards for stage in self.stages for held in stage):
-            raise ValueError(f"a replica of a stage has not {shards} ranks")
+        wrong = {len(held) for stage in self.stages for held in stage} - sizes.keys()
+        if wrong:
+            allowed = " or ".join(map(str, sizes))
+            raise ValueError(f"a replica of a stage has {min(wrong)} ranks, not {allowed}")
         if not self.chunk_layers or len(self.placement) != len(self.chunk_layers):
             raise ValueError("chunks and their places do not fit together")
         if max(self.placement) >= len(self.stages):
@@ -96,8 +97,8 @@ def plan_from_data(first: Plan, data: Any) -> Plan:
 def _plan_of(first: Plan, data: _PlanData) -> Plan:
     stage_replicas = StageReplicas(data.stages, data.spares)
     blocks = [len(of_shard) for of_shard in first.blocks]
-    rows = split_micro_batches(
-        sum(map(len, first.micro_batches)), stage_replicas.widest, first.micro_batch_order
+    rows, assignment = divide_micro_batches(
+        stage_replicas, sum(map(len, first.micro_batches)), first.micro_batch_order
     )
     return first.evolved(
         generation=data.generation,
@@ -105,7 +106,7 @@ def _plan_of(first: Plan, data: _PlanData) -> Plan:
         placement=data.placement,
         chunk_layers=data.chunk_layers,
         micro_batches=rows,
-        assignment=assign_micro_batches(stage_replicas, rows),
+        assignment=assignment,
         given_owners=_by_block(data.owners, blocks),
         shadows=_by_block(data.shadows, blocks) if data.shadows else (),
         incoming=_by_block(data.arriving, blocks) if data.arriving else (),

@@ -20,7 +20,9 @@ from .list_scheduler import (
     list_schedule as list_schedule,
 )
 from .messages import (
+    PeersOf as PeersOf,
     matching_receive as matching_receive,
+    program_with_messages as program_with_messages,
     with_messages as with_messages,
 )
 from .registry import (

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from holdfast.parallel.schedules.actions import Action, Op, Program
+
+PeersOf = Callable[[Op, int, int], Sequence[int]]
+"""(message, chunk, micro-batch) -> the ranks of a neighbouring chunk that a rank sends that message
+to, or receives it from; none if the rank computes that chunk itself."""
+_FORWARD = (Op.RECEIVE_FORWARD, Op.SEND_FORWARD, 1)
+_BACKWARD = (Op.RECEIVE_BACKWARD, Op.SEND_BACKWARD, -1)
 
 
 def with_messages(
@@ -26,35 +32,43 @@ def with_messages(
     """
     if chunks is None:
         chunks = 1 + max((a.chunk for p in programs.values() for a in p), default=-1)
+
+    def peers_of(rank: int) -> PeersOf:
+        def owner(_: Op, chunk: int, micro_batch: int) -> tuple[int, ...]:
+            found = owner_of(chunk, micro_batch)
+            return () if found == rank else (found,)
+
+        return owner
+
     return {
-        rank: _rank_with_messages(rank, program, owner_of, chunks - 1)
+        rank: program_with_messages(program, peers_of(rank), chunks=chunks)
         for rank, program in programs.items()
     }
 
 
-def _rank_with_messages(
-    rank: int, program: Program, owner_of: Callable[[int, int], int], last: int
-) -> Program:
+def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -> Program:
+    """One rank's program with its messages, as `with_messages` places them. Pure.
+
+    Args:
+        program: the rank's compute actions.
+        peers_of: the ranks that it exchanges a message with; see `PeersOf`.
+        chunks: the number of chunks of the whole model.
+    """
     complete: list[Action] = []
     for action in program:
         chunk, micro_batch, op = action.chunk, action.micro_batch, action.op
         if op is Op.BACKWARD_WEIGHT:
             complete.append(action)
             continue
-        before = owner_of(chunk - 1, micro_batch) if chunk > 0 else rank
-        after = owner_of(chunk + 1, micro_batch) if chunk < last else rank
-        if op is Op.FORWARD:
-            if before != rank:
-                complete.append(Action(Op.RECEIVE_FORWARD, chunk, micro_batch, before))
-            complete.append(action)
-            if after != rank:
-                complete.append(Action(Op.SEND_FORWARD, chunk, micro_batch, after))
-        else:
-            if after != rank:
-                complete.append(Action(Op.RECEIVE_BACKWARD, chunk, micro_batch, after))
-            complete.append(action)
-            if before != rank:
-                complete.append(Action(Op.SEND_BACKWARD, chunk, micro_batch, before))
+        comes, goes, onward = _FORWARD if op is Op.FORWARD else _BACKWARD
+        for message, neighbour in ((comes, chunk - onward), (None, chunk), (goes, chunk + onward)):
+            if message is None:
+                complete.append(action)
+            elif 0 <= neighbour < chunks:
+                complete += (
+                    Action(message, chunk, micro_batch, peer)
+                    for peer in peers_of(message, neighbour, micro_batch)
+                )
     return tuple(complete)
 
 

@@ -112,8 +112,7 @@ def test_a_loss_in_a_context_group_changes_no_bit(
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     (recovered,) = run.events("recovered")
-    assert recovered["plan"]["stages"] == [[[0, 1]]]
-    assert recovered["plan"]["spares"] == [3]
+    assert recovered["plan"]["stages"] == [[[0, 1], [3]]]
 
 
 @pytest.mark.parametrize(

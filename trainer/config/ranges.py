@@ -129,6 +129,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "verify_every": _STEPS,
         "local_nodes": Range(1, 2**20),
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
+        "rank_memory_gib": _GIB,
         "straggler_every": _STEPS,
         "straggler_factor": Range(1, 1e6, is_open=True),
     },

@@ -241,6 +241,9 @@ class ElasticConfig(Section, frozen=True):
     activation_headroom: float = 0.3
     """The share by which activation memory may exceed the fullest rank's after a loss, to idle
     less."""
+    rank_memory_gib: float = 0.0
+    """The memory that a rank of a smaller stage replica may use; 0: its GPU's, or an equal share of
+    its machine's."""
     straggler_every: int = 10
     """Steps between two comparisons of all ranks' own times; 0: never."""
     straggler_factor: float = 2.0
@@ -287,4 +290,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def mesh(self) -> Mesh:
         """The mesh of the layout, with the parts of the parameters."""
         mesh = self.parallel.mesh
-        return Mesh(mesh.axes, mesh.sizes, self.numerics.tensor_shards)
+        return Mesh(
+            mesh.axes,
+            mesh.sizes,
+            self.numerics.tensor_shards,
+            self.train.context_chunks,
+            self.parallel.sequence_parallel and self.tensor_parts > 1,
+        )

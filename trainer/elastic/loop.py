@@ -28,7 +28,14 @@ from holdfast.trainer.elastic.transfer_pace import MembershipPace
 from holdfast.trainer.elastic.transport import GroupTransport
 from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.step import Outcome, Requests, Training, choose_device, plan_of
+from holdfast.trainer.step import (
+    Outcome,
+    Requests,
+    Training,
+    choose_device,
+    device_memory,
+    plan_of,
+)
 from holdfast.trainer.terms import TermsDiffer, own_terms
 
 logger = logging.getLogger("holdfast.elastic")
@@ -299,6 +306,7 @@ def _train(
             ),
             saves,
             interruption,
+            memory=device_memory(device),
         )
         recovery = Recovery(spec.rank, config, plan_of(config), drives)
         saves.listen()

@@ -44,7 +44,7 @@ from holdfast.trainer.elastic.worker_status import (
     plan_recovery,
     status_to_data,
 )
-from holdfast.trainer.step import Training, rate_of
+from holdfast.trainer.step import UNKNOWN_MEMORY, DeviceMemory, Training, rate_of, room_of
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -127,6 +127,8 @@ class Drives:
     saves: Saves
     interruption: Interruption
     clock: Callable[[], float] = perf_counter
+    memory: DeviceMemory = UNKNOWN_MEMORY
+    """The memory of this rank's device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,7 @@ class Recovery:
                 recovery,
                 self._active_plan(recovery, store),
                 redundancy=self._config.elastic.redundancy,
+                has_room=room_of(self._config, recovery.rank_bytes),
             )
             edits = drives.clock()
             connection = drives.transport.connect(transition, store)
@@ -280,8 +283,9 @@ class Recovery:
             prepared = self._prepared[0].number
             training = training or self._prepared[1]
         connected = self._drives.transport.is_whole
+        memory = self._drives.memory
         if training is None:
-            return WorkerStatus(connected=connected)
+            return WorkerStatus(connected=connected, memory=memory)
         progress = training.progress
         return WorkerStatus(
             active=self.generation.number if self.generation is not None else 0,
@@ -294,6 +298,7 @@ class Recovery:
             outcome=progress.outcome,
             included=training.included(),
             connected=connected,
+            memory=memory,
             trusted=self.sound_until is None,
             operations=last_operations(training.groups.history()) if urgent else (),
         )

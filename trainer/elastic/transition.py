@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from holdfast.elastic import Generation
@@ -51,14 +51,20 @@ def has_all_blocks(plan: Plan, recovery: RecoveryPlan) -> bool:
 
 
 def plan_transition(
-    generation: Generation, recovery: RecoveryPlan, before: Plan, *, redundancy: int
+    generation: Generation,
+    recovery: RecoveryPlan,
+    before: Plan,
+    *,
+    redundancy: int,
+    has_room: Callable[[Plan, int], bool] | None = None,
 ) -> Transition:
     """Plan for the ranks of a new generation.
 
     Args:
         redundancy: the number of shadows of each block.
+        has_room: whether a rank's memory suffices for a plan; see `Roster.has_room`.
     """
-    roster = Roster(recovery.staying, generation.failure_domains, recovery.fresh)
+    roster = Roster(recovery.staying, generation.failure_domains, recovery.fresh, has_room)
     number = generation.number
     # Within a step, layers stay: the sums of moved layers would have to be recomputed.
     move_layers = all(member.phase != WITHIN_STEP for member in generation.members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,12 +10,22 @@ from typing import Any
 from holdfast.elastic import Generation
 from holdfast.parallel.errors import MembershipError, shown
 from holdfast.parallel.reading import MALFORMED, Count, of_kind
-from holdfast.trainer.step import Included, Outcome, included_from_data, included_to_data
+from holdfast.trainer.step import (
+    UNKNOWN_MEMORY,
+    DeviceMemory,
+    Included,
+    Outcome,
+    included_from_data,
+    included_to_data,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """The status of one worker: its progress, and the state it can continue from."""
+    """The status of one worker: its progress, and the state it can continue from.
+
+    It is one message because ranks conclude from all of it at once.
+    """
 
     active: Count = 0
     """The generation of the plan in force here; 0: it has no state."""
@@ -38,6 +49,7 @@ class WorkerStatus:
     """Its last operations, for a reader of the incident."""
     connected: bool = True
     """Whether its connections are intact and idle."""
+    memory: DeviceMemory = UNKNOWN_MEMORY
     trusted: bool = True
     """False: state was found to be corrupt, and no rank's state is used."""
 
@@ -105,6 +117,8 @@ class RecoveryPlan:
     """The members without state."""
     connected: bool = False
     """Whether the connections of all members are intact."""
+    rank_bytes: int = 0
+    """The memory that any member has at least; 0: not known."""
     included: Mapping[int, Included] = field(default_factory=dict)
     """By holder, the micro-batches that its sums include of the next step."""
 
@@ -146,9 +160,21 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         filled=any(s.filled for s in holders.values() if s.active == active),
         fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),
+        rank_bytes=_least_memory(generation, statuses),
         included={
             rank: s.included
             for rank, s in sorted(holders.items())
             if s.included and s.decided == furthest.decided
         },
     )
+
+
+def _least_memory(generation: Generation, statuses: Mapping[int, WorkerStatus]) -> int:
+    """The least memory of a member, where those of a machine share it."""
+    on_machine = Counter(member.machine for member in generation.members)
+    found = (
+        memory.bytes // (on_machine[member.machine] if memory.is_shared else 1)
+        for member in generation.members
+        if (memory := statuses[member.rank].memory).bytes
+    )
+    return min(found, default=0)

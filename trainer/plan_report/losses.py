@@ -24,7 +24,7 @@ from holdfast.parallel.plan import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import LayoutTable
-from holdfast.trainer.step import shadows_in_host_memory, state_format
+from holdfast.trainer.step import room_of, shadows_in_host_memory, state_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def elastic_report(
         traffic_bytes=max(sent.values()) * width,
         spared_bytes=spared[max(sent, key=sent.__getitem__)] * form.precision.bytes,
         unsafe_blocks=unsafe,
-        loss=_loss(plan, set(lost), node_of, redundancy, width * kinds) if lost else None,
+        loss=_loss(config, plan, set(lost), node_of, width * kinds) if lost else None,
     )
 
 
@@ -186,10 +186,12 @@ def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]
 
 
 def _loss(
-    plan: Plan, lost: set[int], node_of: Mapping[int, str], redundancy: int, state_bytes: int
+    config: RunConfig, plan: Plan, lost: set[int], node_of: Mapping[int, str], state_bytes: int
 ) -> LossReport:
+    redundancy = config.elastic.redundancy
     living = tuple(rank for rank in plan.stage_replicas.ranks if rank not in lost)
-    after = replan(plan, Roster(living, node_of), generation=1, redundancy=redundancy)
+    roster = Roster(living, node_of, has_room=room_of(config, 0))
+    after = replan(plan, roster, generation=1, redundancy=redundancy)
     held = held_blocks(plan, living)
     needed = held_blocks(after, after.stage_replicas.ranks)
     known: set[BlockKey] = set().union(*held.values())
@@ -210,12 +212,12 @@ def _loss(
 
 
 def _busiest(plan: Plan) -> float:
-    """The operations of the forward passes of the rank that has most."""
+    """The operations of the forward passes of the stage replica that has most, by its ranks."""
     work = [0.0] * plan.stage_replicas.pipeline
     for chunk, stage in enumerate(plan.placement):
         work[stage] += sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
     return max(
-        work[stage] * len(plan.micro_batches_of(stage, replica))
+        work[stage] * len(plan.micro_batches_of(stage, replica)) / size
         for stage in range(plan.stage_replicas.pipeline)
-        for replica in range(plan.stage_replicas.replicas(stage))
+        for replica, size in enumerate(plan.stage_replicas.sizes(stage))
     )

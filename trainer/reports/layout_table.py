@@ -47,7 +47,7 @@ def _grid(plan: Plan) -> Table:
     """Stages (down) and replicas (across); each cell names its ranks."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
     places = plan.stage_replicas
-    held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
+    held_by = plan.configured_mesh.stage_replica_text if plan.configured_mesh.shards > 1 else ""
     grid.add_column(held_by, style="dim", no_wrap=True)
     for replica in range(places.widest):
         grid.add_column(f"replica {replica}", no_wrap=True)
@@ -55,7 +55,9 @@ def _grid(plan: Plan) -> Table:
         squares = []
         for replica, ranks in enumerate(replicas):
             suffix = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
-            squares.append(Text(f"■ {named_ranks(ranks)}{suffix}", style="green"))
+            whole = len(ranks) == plan.configured_mesh.shards
+            square, style = ("■", "green") if whole else ("◧", "yellow")
+            squares.append(Text(f"{square} {named_ranks(ranks)}{suffix}", style=style))
         squares += [Text("□", style="red")] * (places.widest - len(squares))
         grid.add_row(f"stage {stage}: {_layers_of(plan, stage)}", *squares)
     if plan.is_regular:
@@ -74,7 +76,9 @@ def _lines(plan: Plan) -> Table:
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column(overflow="fold")
     places = plan.stage_replicas
-    held_by = f" x {plan.configured_mesh.stage_replica_text}" if places.shards > 1 else ""
+    held_by = (
+        f" x {plan.configured_mesh.stage_replica_text}" if plan.configured_mesh.shards > 1 else ""
+    )
     for stage, replicas in enumerate(places.stages):
         counts = {len(plan.micro_batches_of(stage, number)) for number in range(len(replicas))}
         fewest = f"{min(counts)} to " if len(counts) > 1 else ""
@@ -92,7 +96,18 @@ def _lines(plan: Plan) -> Table:
 def _captions(plan: Plan) -> list[str]:
     recomputed, spares = recompute_summary(plan.layers), plan.stage_replicas.spares
     found = [f"recomputed: {recomputed}"] if recomputed else []
+    found += smaller_replicas(plan)
     return [*found, f"spare: {named_ranks(spares, ', ')}"] if spares else found
+
+
+def smaller_replicas(plan: Plan) -> list[str]:
+    """The stage replicas that have lost ranks, and their degrees, a text each. Pure."""
+    return [
+        f"◧ {named_ranks(replica)}: {plan.mesh_of(replica[0]).stage_replica_text}"
+        for stage in plan.stage_replicas.stages
+        for replica in stage
+        if len(replica) < plan.configured_mesh.shards
+    ]
 
 
 def _layers_of(plan: Plan, stage: int) -> str:

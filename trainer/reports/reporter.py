@@ -148,7 +148,7 @@ class Reporter:
         plan = self._training.plan
         place, at = "spare", plan.stage_replicas.find(rank)
         if at is not None:
-            shard = plan.configured_mesh.shard_text(at.shard)
+            shard = plan.mesh_of(rank).shard_text(at.shard)
             place = f"stage {at.pipeline}, replica {at.data}, {shard}"
         write_trace(self._traces, rank, f"rank {rank} ({place})", step, phases, times)
 

@@ -1,7 +1,10 @@
 from .build import (
+    UNKNOWN_MEMORY as UNKNOWN_MEMORY,
+    DeviceMemory as DeviceMemory,
     backend_of as backend_of,
     choose_device as choose_device,
     compile_model as compile_model,
+    device_memory as device_memory,
     open_training as open_training,
 )
 from .construction import (
@@ -24,6 +27,7 @@ from .partial_sums import (
 from .planning import (
     layers_of_config as layers_of_config,
     plan_of as plan_of,
+    room_of as room_of,
     shadows_in_host_memory as shadows_in_host_memory,
 )
 from .progress import (

@@ -17,6 +17,8 @@ from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
 from holdfast.trainer.step.progress import Outcome, Requests
 
+SliceLosses = dict[tuple[int, int], Tensor]
+"""(micro-batch, slice) -> the sum of its token losses, a float64 scalar."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
 REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
@@ -67,15 +69,28 @@ class BallotFormat:
         )
 
 
-def loss_slots(losses: Mapping[int, Tensor], micro_batches: int, slices: Slices) -> Tensor:
-    """Loss sums in their slots: float64[micro_batches * slices], zero elsewhere. Pure.
+def by_slice(losses: Mapping[int, Tensor], slices: Slices) -> SliceLosses:
+    """The loss sums of a rank, one by one. Pure.
 
     Args:
         losses: by micro-batch: float64[own slices], or a scalar for the only one.
     """
-    slots = torch.zeros(micro_batches, slices.count, dtype=torch.float64)
-    for micro_batch, loss in losses.items():
-        slots[micro_batch, list(slices.own)] = loss.to(slots)
+    return {
+        (micro_batch, number): value
+        for micro_batch, loss in losses.items()
+        for number, value in zip(slices.own, loss.view(-1), strict=True)
+    }
+
+
+def loss_slots(losses: SliceLosses, micro_batches: int, slices: int) -> Tensor:
+    """Loss sums in their slots: float64[micro_batches * slices], zero elsewhere. Pure.
+
+    Args:
+        slices: the slices of a sequence.
+    """
+    slots = torch.zeros(micro_batches, slices, dtype=torch.float64)
+    for place, loss in losses.items():
+        slots[place] = loss.to(slots)
     return slots.view(-1)
 
 

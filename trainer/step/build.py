@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.distributed import Store
 from holdfast.parallel.comm import Backend, build_groups
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.config import RunConfig
+from holdfast.parallel.reading import Count
+from holdfast.trainer.config import RunConfig, machine_memory_bytes
 from holdfast.trainer.models import RegionSizes, compile_regions, family_of
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
@@ -85,6 +86,25 @@ def _require_device(local_rank: int, count: int) -> None:
             f"train.device: rank {local_rank} of this machine needs GPU {local_rank}, and torch "
             f"sees {count}; start at most {count} ranks here (--nproc), or set train.device = 'cpu'"
         )
+
+
+class DeviceMemory(NamedTuple):
+    """The memory of a rank's device."""
+
+    bytes: Count = 0
+    """0: not known."""
+    is_shared: bool = False
+    """Whether all ranks of its machine use it."""
+
+
+UNKNOWN_MEMORY = DeviceMemory()
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """The memory of a device. Local."""
+    if device.type == "cuda":
+        return DeviceMemory(torch.cuda.get_device_properties(device).total_memory)
+    return DeviceMemory(machine_memory_bytes(), is_shared=True)
 
 
 def choose_device(config: RunConfig, local_rank: int) -> torch.device:

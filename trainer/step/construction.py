@@ -11,7 +11,7 @@ from torch import nn
 
 from holdfast.parallel.comm import Groups
 from holdfast.parallel.context_parallel import ContextParallel
-from holdfast.parallel.layout import Box, Slices, contributing_parts, slices_of
+from holdfast.parallel.layout import Box, Slices, contributing_parts, slices_of, unit_rows
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     ExchangeSettings,
@@ -34,7 +34,7 @@ from holdfast.parallel.pipeline import (
     ModelChunkRunner,
     receive_order,
 )
-from holdfast.parallel.plan import Plan, shards
+from holdfast.parallel.plan import Plan, message_units, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.parallel.tensor_parallel import TensorParallel
@@ -131,9 +131,9 @@ def context_parallel(config: RunConfig, groups: Groups) -> ContextParallel:
 
 def run_slices(config: RunConfig, plan: Plan, rank: int) -> Slices:
     """The slices of a run's sequences, and those that a rank computes."""
-    here = plan.configured_mesh.along(plan.stage_replicas.shard_index(rank))
-    train, parallel = config.train, config.parallel
-    return slices_of(train.seq_len, train.context_chunks, parallel.context, here["context"])
+    mesh, train = plan.mesh_of(rank), config.train
+    here = mesh.along(plan.stage_replicas.shard_index(rank))
+    return slices_of(train.seq_len, train.context_chunks, mesh["context"], here["context"])
 
 
 def new_model(
@@ -189,15 +189,13 @@ def initialize_kept(buffer: ParameterBuffer, seed: int) -> None:
 def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> ModelParts | None:
     """A rank's model under the next plan, if its layers, and what it keeps of them, stay.
 
-    Else None. Pure.
+    Else None. Pure. The ranks of its stage replica have stayed.
     """
     if shards(plan, "parameters"):
         kept = kept_spans(plan, rank, "parameters")(model.buffer.segments)
         if model.buffer.kept != kept:
             return None
-    old, new = (
-        [found.chunk_layers[chunk] for chunk in found.chunks_of(rank)] for found in (before, plan)
-    )
+    old, new = ([found.layers_of(c) for c in found.chunks_of(rank)] for found in (before, plan))
     if old != new:
         return None
     chunks = dict(zip(plan.chunks_of(rank), model.chunks.values(), strict=True))
@@ -226,17 +224,25 @@ def new_runners(
 def new_executor(
     config: RunConfig,
     runners: Mapping[int, ModelChunkRunner],
-    last_chunk: int,
+    plan: Plan,
+    rank: int,
     groups: Groups,
     device: torch.device,
     offloader: Offloader | None,
 ) -> Executor:
     """The executor of a rank's chunks."""
-    train, tensor = config.train, groups["tensor"].size
-    rows = train.seq_len // config.parallel.context
-    rows //= tensor if config.parallel.sequence_parallel else 1
-    shape = (rows, train.micro_batch, config.model.hidden)
-    message = MessageShape(shape, PRECISIONS[train.precision].dtype, device)
+    train, last_chunk = config.train, len(plan.placement) - 1
+    mesh, shard = plan.mesh_of(rank), plan.stage_replicas.shard_index(rank)
+    units = mesh.token_units[shard]
+    of_unit = train.seq_len // (1 + max(map(max, mesh.token_units)))
+    shape = (len(units) * of_unit, train.micro_batch, config.model.hidden)
+
+    def rows_of(peer: int, sends: bool) -> tuple[slice, ...] | None:
+        if plan.mesh_of(peer) == mesh:
+            return None
+        return unit_rows(units, message_units(plan, rank, peer, sends=sends), of_unit)
+
+    message = MessageShape(shape, PRECISIONS[train.precision].dtype, device, rows_of)
     micro_batches = train.global_batch // train.micro_batch
     return Executor(runners, last_chunk, message, groups["pipeline"], micro_batches, offloader)
 

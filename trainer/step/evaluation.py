@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Callable
 
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.layout import Slices
-from holdfast.trainer.step.ballot import loss_slots, mean_loss
+from holdfast.trainer.step.ballot import SliceLosses, loss_slots, mean_loss
 
 
 def mean_held_out_loss(
-    losses_of: Callable[[int], Mapping[int, Tensor]],
+    losses_of: Callable[[int], SliceLosses],
     predicted_in: Callable[[int], int],
     control: Communicator,
     *,
     batches: int,
     micro_batches: int,
-    slices: Slices,
+    slices: int,
 ) -> float:
     """The mean loss of a token in `batches` global batches. Collective over `control`, all ranks.
 
     Args:
-        losses_of: computes a global batch forward. Returns the loss sums that this rank reports, by
-            micro-batch.
+        losses_of: computes a global batch forward. Returns the loss sums that this rank reports.
         predicted_in: the number of tokens that a global batch predicts, over all ranks.
         micro_batches, slices: of one global batch, and of a sequence.
     """

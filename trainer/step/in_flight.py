@@ -5,14 +5,16 @@ An interrupted step is resumed: parameters whose sums include a micro-batch skip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import contributing_parts
+from holdfast.parallel.layout import Box, contributing_parts
 from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
+from holdfast.trainer.step.ballot import SliceLosses, by_slice
 from holdfast.trainer.step.construction import ModelParts
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
@@ -45,8 +47,8 @@ class StepInFlight:
         self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
         self._parts, self._slices = plan.parts_of(rank), model.accumulator.slices
         self._interrupted = NOT_INTERRUPTED
-        self._own_losses: dict[int, Tensor] = {}
-        """The loss sums of an interrupted step that this rank reports again, by micro-batch."""
+        self._own_losses: SliceLosses = {}
+        """The loss sums of an interrupted step that this rank reports again."""
         self._backwards = 0
         self._half = sum(action.op in _BACKWARDS for action in program) // 2
         self._at_half: Callable[[], None] = lambda: None
@@ -69,13 +71,32 @@ class StepInFlight:
         """Have only the micro-batches missing in `included` computed when `step` begins.
 
         Args:
-            before: this rank's interrupted step; None if its sums are no longer valid.
+            before: this rank's interrupted step, whose parts of the parameters this one has as
+                well; None if its sums are no longer valid.
         """
         self._interrupted = InterruptedStep(step, included, self._slices.count)
         if before is None:
             self._accumulator.clear()
-        else:
-            self._own_losses = before._own_losses
+            return
+        self._own_losses = before._own_losses
+        if before._accumulator is not self._accumulator:
+            self._accumulator.take_over(before._accumulator, self._same_segments(before))
+
+    def _same_segments(
+        self, before: StepInFlight
+    ) -> Iterator[tuple[Segment, Segment, Callable[[int], int]]]:
+        """The segments that both steps have, and the numbers of their gradients."""
+
+        def elements(segment: Segment) -> tuple[int, str, Box]:
+            return segment.layer, segment.spec.name, segment.spec.box
+
+        there = {elements(segment): segment for segment in before._buffer.segments}
+        for segment in self._buffer.segments:
+            old = there.get(elements(segment))
+            if old is not None:
+                keys, old_keys = self._keys(segment), before._keys(old)
+                places = [keys.index(key) for key in old_keys]
+                yield segment, old, partial(_unit_here, len(keys), places)
 
     def missing(self, step: int, micro_batches: int) -> frozenset[int]:
         """The micro-batches that some rank's sums lack when `step` begins."""
@@ -118,7 +139,7 @@ class StepInFlight:
             losses: the losses by micro-batch, of the model's last chunk; None if another rank has
                 it.
         """
-        count, included = self._slices.count, {}
+        count, included = self._slices.count, dict[ParameterKey, frozenset[int]]()
         for segment in self._buffer.segments:
             keys = self._keys(segment)
             added = self._accumulator.included.get(segment.parameter, ())
@@ -129,24 +150,31 @@ class StepInFlight:
                     if unit % len(keys) == place
                 )
         if losses is not None:
-            known = {**losses, **self._own_losses}
-            units = included[self._loss_key(self._parts[0])]
+            known = by_slice(losses, self._slices) | self._own_losses
+            units = included.get(self._loss_key, ())
             self._own_losses = {
-                m: loss
-                for m, loss in known.items()
-                if all(m * self._slices.count + number in units for number in self._slices.own)
+                (micro_batch, number): loss
+                for (micro_batch, number), loss in known.items()
+                if micro_batch * count + number in units
             }
         return included
 
-    def reported(self, losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The loss sums that only this rank reports, by micro-batch."""
+    def reported(self, losses: Mapping[int, Tensor]) -> SliceLosses:
+        """The loss sums that only this rank reports."""
         own = self._own_losses if self._interrupted is not NOT_INTERRUPTED else {}
         return own | {
-            micro_batch: loss
-            for micro_batch, loss in losses.items()
-            if not self._interrupted.has(self._loss_key(0), micro_batch, self._slices.own)
+            (micro_batch, number): loss
+            for (micro_batch, number), loss in by_slice(losses, self._slices).items()
+            if not self._interrupted.has(self._loss_key, micro_batch, (number,))
         }
 
-    def _loss_key(self, part: int) -> ParameterKey:
+    @property
+    def _loss_key(self) -> ParameterKey:
         """The parameter that decides which rank reports a loss: the head's first row."""
-        return part, len(self._plan.layers) - 1, 0
+        return 0, len(self._plan.layers) - 1, 0
+
+
+def _unit_here(parts: int, places: Sequence[int], unit: int) -> int:
+    """The number of a gradient where a slice has `parts` of them, those before at `places`."""
+    slice_, place = divmod(unit, len(places))
+    return slice_ * parts + places[place]

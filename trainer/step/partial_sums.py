@@ -62,19 +62,15 @@ NOT_INTERRUPTED = InterruptedStep(-1, {})
 
 
 def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) -> bool:
-    """Whether a rank's sums are valid under the next plan: same layers, same tensor group.
+    """Whether a rank's sums are valid under the next plan: the same layers, no part less.
 
     Args:
         fresh: the ranks with a new process, also one under an old rank number.
     """
-    was, now = plan.stage_replicas.find(rank), following.stage_replicas.find(rank)
-    if was is None or now is None:
+    if rank in fresh or None in (p.stage_replicas.find(rank) for p in (plan, following)):
         return False
-    group = following.stage_replicas.stages[now.pipeline][now.data]
-    return (
-        group == plan.stage_replicas.stages[was.pipeline][was.data]
-        and fresh.isdisjoint(group)
-        and [plan.layers_of(c) for c in plan.chunks_of(rank)]
+    return set(plan.parts_of(rank)) <= set(following.parts_of(rank)) and (
+        [plan.layers_of(c) for c in plan.chunks_of(rank)]
         == [following.layers_of(c) for c in following.chunks_of(rank)]
     )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
-from holdfast.parallel.plan import Plan, make_plan, on_shards
+from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs
+from holdfast.trainer.step.saved_tensors import state_format
 
 WAYS = ("none", "selective", "full")
 """The recomputed parts of a transformer layer, from nothing to all of it."""
@@ -99,3 +100,37 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         shard_group=parallel.shard_group,
         generation=generation,
     )
+
+
+def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] | None:
+    """Whether a rank's memory suffices for its part in a plan, by an estimate. Pure.
+
+    Args:
+        rank_bytes: the memory of a rank; 0: not known.
+    Returns:
+        None if nothing limits it.
+    """
+    most = int(config.elastic.rank_memory_gib * 2**30) or rank_bytes
+    if not most:
+        return None
+    form, on_cpu = state_format(config), config.train.device == "cpu"
+    copies = form.copies if on_cpu or not form.on_host else 1
+    followed_bytes = form.precision.state.bytes * (len(form.held) + 1)
+
+    def has_room(plan: Plan, rank: int) -> bool:
+        memory = rank_memory(
+            plan,
+            rank,
+            precision=form.precision,
+            copies=copies,
+            exact=config.numerics.reduction == "exact",
+        )
+        needed = memory.total
+        if config.offload.activations != "none":
+            needed -= memory.activations
+        if on_cpu or not shadows_in_host_memory(config, config.train.device):
+            followed = held_blocks(plan, (rank,))[rank].difference(plan.owned_blocks(rank))
+            needed += followed_bytes * sum(plan.block(key).elements for key in followed)
+        return needed <= most
+
+    return has_room

@@ -33,7 +33,7 @@ from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import Weights
-from holdfast.trainer.step.ballot import BallotFormat, loss_slots
+from holdfast.trainer.step.ballot import BallotFormat, SliceLosses, by_slice, loss_slots
 from holdfast.trainer.step.construction import (
     ModelParts,
     PreparedProgram,
@@ -123,7 +123,9 @@ class Training:
             context=self._micro_batches.context,
             before_gradients=self._in_flight.before_gradients,
         )
-        self.executor = new_executor(config, self._runners, last, groups, device, self.offloader)
+        self.executor = new_executor(
+            config, self._runners, plan, rank, groups, device, self.offloader
+        )
         self._start(self.progress.decided, self.data, training=True)
 
     def _new_offloader(self) -> Offloader | None:
@@ -278,8 +280,8 @@ class Training:
         With pipeline or tensor peers, or with peers that send parameters, it cannot be repeated
         here, and the error propagates.
         """
-        replicas, alone = self.plan.stage_replicas, self.model.layers is None
-        if self.offloader is None or replicas.pipeline * replicas.shards > 1 or not alone:
+        alone = self.model.layers is None and self.groups.shards.size == 1
+        if self.offloader is None or self.plan.stage_replicas.pipeline > 1 or not alone:
             raise error
         self.offloader.abort(str(error))
         self.executor.run_weight_parts()
@@ -341,7 +343,7 @@ class Training:
             requests = replace(requests, filling=not self.background_transfer.pause())
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
-        slots = loss_slots(reported, self.step_micro_batches, self.slices)
+        slots = loss_slots(reported, self.step_micro_batches, self.slices.count)
         ballot = BallotFormat(self.optimizer.slots, len(slots))
         summed = ballot.pack(squares, slots, flags, requests)
         self.groups.control.all_reduce(summed).wait()
@@ -422,7 +424,7 @@ class Training:
     @property
     def _reported_losses(self) -> Mapping[int, Tensor] | None:
         """The same on the rank of a stage replica that reports a slice's; None on the others."""
-        here = self.plan.configured_mesh.along(self.groups.shards.index)
+        here = self.plan.mesh_of(self.rank).along(self.groups.shards.index)
         others = (index for axis, index in here.items() if axis != "context")
         return None if any(others) else self._last_losses
 
@@ -440,17 +442,17 @@ class Training:
             self.groups.control,
             batches=self.config.train.eval_batches,
             micro_batches=self.step_micro_batches,
-            slices=self.slices,
+            slices=self.slices.count,
         )
 
-    def _held_out_losses(self, batch: int) -> Mapping[int, Tensor]:
+    def _held_out_losses(self, batch: int) -> SliceLosses:
         assert self._held_out is not None
         self._start(batch, self._held_out, training=False)
         with self.busy("evaluate"), self._layers_of(partial(evaluation_program, self.plan)):
             self.executor.run(*self._forward_program)
         if self.model.layers is not None:
             self.model.layers.finish()
-        return self._reported_losses or {}
+        return by_slice(self._reported_losses or {}, self.slices)
 
     @cached_property
     def _forward_program(self) -> PreparedProgram:

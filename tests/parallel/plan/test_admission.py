@@ -153,12 +153,12 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
         fresh: frozenset[int] = frozenset()
         staying = set(alive)
         chance = rng.random()
-        if chance < 0.3 and len(alive) > plan.stage_replicas.shards:
+        if chance < 0.3 and len(alive) > plan.configured_mesh.shards:
             staying.discard(rng.choice(sorted(alive)))
         elif chance < 0.6:
             absent = [
                 r
-                for r in range(plan.configured_mesh.size + 2 * plan.stage_replicas.shards)
+                for r in range(plan.configured_mesh.size + 2 * plan.configured_mesh.shards)
                 if r not in alive
             ]
             fresh = frozenset(absent[: rng.choice([1, 2])])

@@ -53,12 +53,12 @@ def check_changes(
     alive = set(plan.stage_replicas.ranks)
     for generation in range(1, 6):
         fresh: frozenset[int] = frozenset()
-        if rng.random() < 0.6 and len(alive) > plan.stage_replicas.shards:
+        if rng.random() < 0.6 and len(alive) > plan.configured_mesh.shards:
             alive.discard(rng.choice(sorted(alive)))
         else:
             absent = [
                 r
-                for r in range(plan.configured_mesh.size + 2 * plan.stage_replicas.shards)
+                for r in range(plan.configured_mesh.size + 2 * plan.configured_mesh.shards)
                 if r not in alive
             ]
             if not absent:

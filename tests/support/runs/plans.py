@@ -54,7 +54,7 @@ def first_plan(
 def check(plan: Plan, ranks: set[int]) -> None:
     """What must hold of every plan."""
     assert set(plan.stage_replicas.ranks) == ranks
-    for index in range(plan.stage_replicas.shards):
+    for index in range(plan.configured_mesh.shards):
         programs = {
             rank: training_program(plan, rank)
             for rank in plan.stage_replicas.ranks

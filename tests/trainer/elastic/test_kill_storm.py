@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import pytest
@@ -32,13 +33,24 @@ STEPS = 100
 PACE_S = 0.4
 RESTED_STEPS = 10
 """No rank is killed near the end, so that every run ends with all its ranks."""
+AXES = ("data", "pipeline", "tensor", "context")
 LAYOUTS = [
-    (data, pipeline, tensor)
+    (data, pipeline, tensor, 1)
     for data in (1, 2, 3, 4)
     for pipeline in (1, 2, 3)
     for tensor in (1, 2)
     if 2 <= data * pipeline * tensor <= 8
 ]
+IN_PARTS = [
+    *((1, 1, 4, 1), (2, 1, 4, 1), (1, 2, 4, 1), (2, 2, 2, 1)),
+    *((2, 1, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)),
+]
+"""Layouts with tensor shards and slices: their stage replicas go on with fewer ranks."""
+PARTS: dict[str, Any] = {
+    "model": {"layers": 2},
+    "train": {"context_chunks": 2, "global_batch": 6},
+    "numerics": {"tensor_shards": 4},
+}
 CHOICES = ("one", "one", "one", "two in a row", "two in a row", "a node", "any two")
 
 pytestmark = [
@@ -148,35 +160,35 @@ def _kill(pid: int) -> int:
 
 
 def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> None:
-    expected: dict[int, dict[str, Any]] = {}
-    for tensor in (1, 2):
-        config = make_config(train={"steps": STEPS}, parallel={"tensor": tensor})
-        expected[tensor] = bits_of(run_training(cluster, config, timeout_s=900.0))
+    expected: dict[str, dict[str, Any]] = {}
     kills: Counter[str] = Counter()
     rounds = 0
-    while sum(kills.values()) < KILLS or rounds < len(LAYOUTS):
-        data, pipeline, tensor = LAYOUTS[rounds % len(LAYOUTS)]
+    while sum(kills.values()) < KILLS or rounds < len(LAYOUTS) + len(IN_PARTS):
+        degrees = (*LAYOUTS, *IN_PARTS)[rounds % (len(LAYOUTS) + len(IN_PARTS))]
+        parallel = dict(zip(AXES, degrees, strict=True))
+        parts = PARTS if degrees in IN_PARTS else {"train": {}}
+        sections: dict[str, dict[str, Any]] = {**parts, "train": {"steps": STEPS, **parts["train"]}}
+        same_bits = {"tensor": 1 if parts is PARTS else parallel["tensor"]}
+        name = f"{same_bits}, {parts}"
+        if name not in expected:
+            config = make_config(**sections, parallel=same_bits)
+            expected[name] = bits_of(run_training(cluster, config, timeout_s=900.0))
         run = start(
-            train={"steps": STEPS},
-            parallel={
-                "data": data,
-                "pipeline": pipeline,
-                "tensor": tensor,
-            },
+            **sections,  # pyrefly: ignore[bad-argument-type]  (no section is called name)
+            parallel=parallel,
             checkpoint={"every": 7},
             elastic=pace({}, PACE_S),
         )
-        storm = Storm(run, data * pipeline * tensor, random.Random(rounds))
+        storm = Storm(run, prod(degrees), random.Random(rounds))
         storm.blow()
         assert run.finish(LONGEST_S) == 0, run.output()
-        assert run.bits() == expected[tensor], (storm.kills, run.root)
+        assert run.bits() == expected[name], (storm.kills, run.root)
         assert needless_rollbacks(run) == [], run.root
         kills += storm.kills
         rolled_back = sum("step" in event for event in run.events("resumed"))
         print(
-            f"data {data} pipeline {pipeline} tensor {tensor}: {sum(storm.kills.values())} killed "
-            f"{dict(storm.kills)}, {len(run.events('recovered'))} recoveries, "
-            f"{rolled_back} from a checkpoint",
+            f"{parallel}: {sum(storm.kills.values())} killed {dict(storm.kills)}, "
+            f"{len(run.events('recovered'))} recoveries, {rolled_back} from a checkpoint",
             flush=True,
         )
         rounds += 1

@@ -19,12 +19,20 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.transition import BETWEEN_STEPS, WITHIN_STEP, plan_transition
 from holdfast.trainer.elastic.worker_status import (
+    RecoveryPlan,
     WorkerStatus,
     plan_recovery,
     status_from_data,
     status_to_data,
 )
-from holdfast.trainer.step import Requests, rate_of
+from holdfast.trainer.step import (
+    UNKNOWN_MEMORY,
+    DeviceMemory,
+    Requests,
+    plan_of,
+    rate_of,
+    room_of,
+)
 from support.processes.fake_clock import FakeClock
 from support.runs.fake_cluster import (
     OUTCOME,
@@ -309,3 +317,45 @@ def test_a_status_survives_the_way_through_a_message_whose_keys_stay() -> None:
     told = json.loads(json.dumps(status_to_data(status)))
     assert (told["installed"], told["ready"]) == (3, 4)
     assert replace(status_from_data(told), operations=("send",)) == status
+
+
+def test_a_smaller_replica_must_fit_into_the_least_memory_of_a_rank() -> None:
+    """Ranks of one machine share its memory; a GPU is a rank's own."""
+
+    def plan_of_memory(**memory: DeviceMemory) -> RecoveryPlan:
+        statuses = {rank: WorkerStatus(active=1, memory=found) for rank, found in memory.items()}
+        members = tuple(
+            Member(
+                Identity(number),
+                f"node-{number}",
+                "h:1",
+                1,
+                0,
+                WITHIN_STEP,
+                False,
+                status_to_data(status),
+                machine=machine[0],
+            )
+            for number, (machine, status) in enumerate(statuses.items())
+        )
+        return plan_recovery(Generation(2, members))
+
+    host = DeviceMemory(900, is_shared=True)
+    found = plan_of_memory(a1=host, a2=host, a3=host, b1=DeviceMemory(400, is_shared=True))
+    assert found.rank_bytes == 300
+    assert plan_of_memory(a1=DeviceMemory(80), a2=DeviceMemory(96)).rank_bytes == 80
+    assert plan_of_memory(a1=UNKNOWN_MEMORY).rank_bytes == 0
+
+
+def test_the_memory_of_a_rank_is_its_share_unless_the_configuration_says_less(
+    config: RunConfig,
+) -> None:
+    plan = plan_of(config)
+    assert room_of(config, 0) is None
+    wide, narrow = room_of(config, 1 << 40), room_of(config, 1)
+    assert wide is not None
+    assert narrow is not None
+    assert (wide(plan, 0), narrow(plan, 0)) == (True, False)
+    said = room_of(with_elastic(config, rank_memory_gib=2**-20), 1 << 40)
+    assert said is not None
+    assert not said(plan, 0)

@@ -8,7 +8,6 @@ from dataclasses import fields
 import pytest
 import torch
 
-from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE
 from holdfast.trainer.step.ballot import FLAGS, MARKS, REQUESTS, BallotFormat, loss_slots
 from holdfast.trainer.step.progress import NO_REQUESTS, Requests
@@ -20,7 +19,7 @@ def packed(rank: int, flags: int = 0, requests: Requests = NO_REQUESTS) -> torch
     """The ballot of one of two ranks: rank 0 owns two blocks, and each reports one loss."""
     squares = torch.tensor([[1.0, 0.0, 8.0], [0.0, 16.0, 0.0]][rank], dtype=torch.float64)
     return FORMAT.pack(
-        squares, loss_slots({rank: torch.tensor(2.0 + rank)}, 2, Slices()), flags, requests
+        squares, loss_slots({(rank, 0): torch.tensor(2.0 + rank)}, 2, 1), flags, requests
     )
 
 

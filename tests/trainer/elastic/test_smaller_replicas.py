@@ -1,0 +1,106 @@
+"""Stage replicas that lose ranks go on with smaller tensor and context degrees; no bit changes."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import ElasticRun, Starter, bits_of, fault, pace
+from support.runs.small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
+
+TRAIN = {"steps": 8, "global_batch": 6, "seq_len": 32}
+NUMERICS = {"tensor_shards": 4}
+MODEL = {"layers": 4, "kv_heads": 2}
+SECTIONS: dict[str, Any] = {"train": TRAIN, "model": MODEL, "numerics": NUMERICS}
+PACE_S = 0.2
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(**SECTIONS)))
+
+
+def stages_of(run: ElasticRun) -> list[list[list[list[int]]]]:
+    """The stage replicas of a run, one after another."""
+    stages = [event["plan"]["stages"] for event in run.events() if "plan" in event]
+    return [found for found, _ in groupby(stages)]
+
+
+def test_one_replica_loses_rank_after_rank(start: Starter, expected: dict[str, Any]) -> None:
+    kills = [(1, 2, "backward"), (3, 3, "reduce"), (0, 5, "gather")]
+    run = start(
+        **SECTIONS,
+        parallel={"tensor": 4},
+        elastic=pace(
+            {
+                "respawn": False,
+                "min_ranks": 1,
+                "local_nodes": 4,
+                "chaos": [fault("kill", rank, step, phase) for rank, step, phase in kills],
+            },
+            PACE_S,
+            rank=2,
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert stages_of(run)[1:] == [[[[0, 2], [3]]], [[[0, 2]]], [[[2]]]]
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
+def test_stages_of_different_degrees_send_each_other_tokens(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    """Layers stay with two chunks a rank; lost ranks come back, and replicas are whole again."""
+    run = start(
+        **SECTIONS,
+        parallel={
+            "tensor": 2,
+            "pipeline": 2,
+            "virtual": 2,
+            "schedule": "interleaved-1f1b",
+            "data": 2,
+        },
+        elastic=pace({"chaos": [fault("kill", 1, 2), fault("kill", 6, 3, "backward")]}, PACE_S),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    stages = stages_of(run)
+    assert [[[0], [2, 3]], [[4, 5], [6, 7]]] in stages
+    assert any([len(held) for held in after[1]] != [2, 2] for after in stages)
+    assert stages[-1] == stages[0]
+
+
+@pytest.mark.parametrize(("shards", "exchange"), [(2, "heads"), (4, "keys")])
+def test_a_context_group_loses_a_rank(
+    start: Starter, cluster: Cluster, shards: int, exchange: str
+) -> None:
+    sections: dict[str, Any] = {
+        **SECTIONS,
+        "numerics": {"tensor_shards": shards},
+        "train": {**TRAIN, "context_chunks": 4, "precision": "bf16"},
+        "data": {"packing": "documents"},
+    }
+    expected = bits_of(run_training(cluster, make_config(**sections)))
+    run = start(
+        **sections,
+        parallel={"tensor": 2, "context": 2, "pipeline": 2, "context_exchange": exchange},
+        elastic=pace(
+            {
+                "respawn": False,
+                "chaos": [fault("kill", 2, 2, "backward"), fault("kill", 5, 4, "vote")],
+            },
+            PACE_S,
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    first, after_one, after_two = stages_of(run)
+    assert first == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert after_one == [[[0, 1], [3]], [[4, 5, 6, 7]]]
+    assert after_two == [[[0, 1], [3]], [[4, 6], [7]]]

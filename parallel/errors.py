@@ -38,6 +38,10 @@ class ConfigError(HoldfastError, ValueError):
     exit_code = 2
 
 
+class TooFewRanks(ConfigError):
+    """The ranks that are left make no stage replica, or none that has room for its part."""
+
+
 class DataError(ConfigError):
     """Unusable training data: unreadable, empty, too short, or a token beyond the vocabulary."""
 

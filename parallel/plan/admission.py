@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import TooFewRanks
 from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.block_transfers import held_blocks, incoming_blocks
 from holdfast.parallel.plan.formation import Roster, replica_sizes
@@ -42,7 +42,7 @@ def next_plan(
         filled: whether all blocks that are incoming under `plan` have arrived.
         redundancy, move_layers: as for `replan`.
     Raises:
-        ConfigError: there are too few ranks for a single stage replica.
+        TooFewRanks: there are too few ranks for a single stage replica.
     """
     lasting = plan.evolved(incoming=())
     present = frozenset(roster.ranks)
@@ -112,7 +112,7 @@ def _stands(plan: Plan, roster: Roster) -> bool:
         return False
     try:
         formed = replan(plan, roster, generation=plan.generation, move_layers=False)
-    except ConfigError:
+    except TooFewRanks:
         return False
     return formed.stage_replicas.pipeline == len(stages) and all(
         any(not ready.isdisjoint(replica) for replica in stage) for stage in stages

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import TooFewRanks
 from holdfast.parallel.layout import Mesh, StageReplica, StageReplicas
 from holdfast.parallel.plan.initial import micro_batch_counts
 from holdfast.parallel.plan.plan import Plan, Shard
@@ -48,7 +48,7 @@ def next_stage_replicas(plan: Plan, roster: Roster, sizes: Sequence[int]) -> Sta
     Args:
         sizes: the sizes that replicas may have, the full one first.
     Raises:
-        ConfigError: there are too few ranks for a single one.
+        TooFewRanks: there are too few for a single one.
     """
     old, whole = plan.stage_replicas, sizes[0]
     present = set(roster.ranks)
@@ -61,9 +61,11 @@ def next_stage_replicas(plan: Plan, roster: Roster, sizes: Sequence[int]) -> Sta
     count = sum(map(len, kept)) + len(formed)
     if not count:
         mesh = plan.configured_mesh
-        raise ConfigError(
+        smaller = len(mesh.by_replica_size) > 1 and len(sizes) == 1 and plan.shard == "optimizer"
+        why = "; a smaller one does not fit into their memory" if smaller else ""
+        raise TooFewRanks(
             f"{len(present)} ranks are left, but a stage replica takes {sizes[-1]} "
-            f"({mesh.by_replica_size[sizes[-1]].stage_replica_text}); bring ranks back"
+            f"({mesh.by_replica_size[sizes[-1]].stage_replica_text}){why}; bring ranks back"
         )
     pipeline = min(plan.configured_mesh.pipeline, count)
     if pipeline == old.pipeline:

@@ -41,7 +41,7 @@ def replan(
         redundancy: the number of shadows per block.
         move_layers: whether layers may move between stages that all still have holders.
     Raises:
-        ConfigError: there are too few ranks for a single stage replica.
+        TooFewRanks: there are too few ranks for a single stage replica.
     """
     sizes = replica_sizes(plan.configured_mesh, plan.shard)
     while True:

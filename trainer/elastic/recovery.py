@@ -19,14 +19,14 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol
 
 from torch.distributed import DistError, Store
 
 from holdfast.elastic import Generation, MembershipEvent
 from holdfast.parallel.comm import Operation
-from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.errors import PeerLost, TooFewRanks
 from holdfast.parallel.plan import Plan, plan_from_data, plan_to_data
 from holdfast.parallel.reading import parse_json
 from holdfast.trainer.config import RunConfig
@@ -48,6 +48,8 @@ from holdfast.trainer.step import UNKNOWN_MEMORY, DeviceMemory, Training, rate_o
 
 logger = logging.getLogger("holdfast.elastic")
 
+_TOO_FEW_S = 1.0
+"""Seconds between two agreements while there are too few ranks."""
 _NAMED_OPERATIONS = 4
 """The number of unfinished operations that a rank reports when a step is interrupted."""
 
@@ -127,6 +129,7 @@ class Drives:
     saves: Saves
     interruption: Interruption
     clock: Callable[[], float] = perf_counter
+    sleep: Callable[[float], None] = sleep
     memory: DeviceMemory = UNKNOWN_MEMORY
     """The memory of this rank's device."""
 
@@ -208,10 +211,20 @@ class Recovery:
             leaving: this worker hands its state over, and goes.
         Raises:
             Minority, Superseded, MembershipError: this worker must not go on.
+            TooFewRanks: no more ranks came within `elastic.apart_s`.
         """
+        too_few_since: float | None = None
         while True:
             try:
                 return self._change(urgent, leaving)
+            except TooFewRanks as error:  # on all ranks alike: others may come
+                now = self._drives.clock()
+                too_few_since = now if too_few_since is None else too_few_since
+                if now - too_few_since >= self._config.elastic.apart_s:
+                    raise
+                logger.warning("%s", error)
+                self._drives.sleep(_TOO_FEW_S)
+                urgent = True
             except (PeerLost, DistError) as error:  # the node of the store may be gone, too
                 logger.info("the change of membership begins again: %s", error)
                 self.abort(str(error))

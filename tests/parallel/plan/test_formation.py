@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from holdfast.parallel.errors import ConfigError, LayoutError
+from holdfast.parallel.errors import LayoutError, TooFewRanks
 from holdfast.parallel.layout.mesh import AXES, Mesh
 from holdfast.parallel.plan.admission import next_plan, state_of
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks
@@ -227,7 +227,7 @@ def test_ranks_whose_memory_does_not_suffice_are_spares() -> None:
 
 
 def test_without_room_for_a_smaller_replica_too_few_ranks_are_said_to_be_too_few() -> None:
-    with pytest.raises(ConfigError, match="3 ranks are left, but a stage replica takes 4"):
+    with pytest.raises(TooFewRanks, match="3 ranks are left, but a stage replica takes 4"):
         without(plan_with(4, data=1), 1, has_room=lambda of, rank: False)
 
 

@@ -353,6 +353,7 @@ def worker(
     failures: list[str] | None = None,
     history: MembershipHistory | None = None,
     sleep: Callable[[float], None] = lambda seconds: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Worker:
     """A worker of a run of `config`; the script follows the first agreement, of all its ranks."""
     identity = Identity(rank, incarnation)
@@ -362,7 +363,7 @@ def worker(
         script.insert(0, Turn())
     transport, builder = FakeTransport(failing), FakeBuilder(rank, failing, checkpoint)
     saves, interruption = FakeSaves(failing), Interruption()
-    drives = Drives(membership, transport, builder, saves, interruption, clock=lambda: 0.0)
+    drives = Drives(membership, transport, builder, saves, interruption, clock=clock, sleep=sleep)
     recovery = Recovery(rank, config, plan_of(config), drives)
     session = session or FakeSession()
     loop = ElasticLoop(
@@ -373,7 +374,7 @@ def worker(
         membership,
         interruption,
         history,
-        clock=lambda: 0.0,
+        clock=clock,
         sleep=sleep,
     )
     made = Worker(

@@ -7,13 +7,14 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from torch.distributed import DistNetworkError
 
 from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.history import MembershipHistory, RecordedChange
 from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.parallel.errors import Minority, PeerLost
+from holdfast.parallel.errors import Minority, PeerLost, TooFewRanks
 from holdfast.parallel.plan import Plan, would_move_layers
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
@@ -40,6 +41,7 @@ from support.runs.fake_cluster import (
     FakeSession,
     FakeStore,
     Turn,
+    Worker,
     lost,
     numbers,
     worker,
@@ -48,8 +50,6 @@ from support.runs.plans import first_plan
 
 
 def with_elastic(config: RunConfig, **keys: object) -> RunConfig:
-    import msgspec
-
     elastic = msgspec.structs.replace(config.elastic, **keys)
     return msgspec.structs.replace(config, elastic=elastic)
 
@@ -359,3 +359,30 @@ def test_the_memory_of_a_rank_is_its_share_unless_the_configuration_says_less(
     said = room_of(with_elastic(config, rank_memory_gib=2**-20), 1 << 40)
     assert said is not None
     assert not said(plan, 0)
+
+
+def test_ranks_that_are_too_few_for_their_memory_wait_for_others(config: RunConfig) -> None:
+    parallel = msgspec.structs.replace(config.parallel, tensor=2, data=1)
+    numerics = msgspec.structs.replace(config.numerics, tensor_shards=2)
+    small = msgspec.structs.replace(
+        with_elastic(config, rank_memory_gib=2**-20), parallel=parallel, numerics=numerics
+    )
+    naps: list[float] = []
+
+    def run(script: list[Turn], nap_s: float = 0.0) -> Worker:
+        return worker(
+            small,
+            script,
+            session=FakeSession(lose_at={2: "before"}),
+            sleep=naps.append,
+            clock=lambda: nap_s * len(naps),
+        )
+
+    made = run([Turn(lost(1)), Turn(), Turn(joined=lost(1))])
+    made.loop.run()
+    assert len(naps) == 2
+    assert numbers(made.session) == [0, 1, 2, 2, 3, 4, 5]
+    assert made.session.changes[1].after.ranks == (0, 1)
+    alone = run([Turn(lost(1)), *(Turn() for _ in range(9))], nap_s=small.elastic.apart_s / 4)
+    with pytest.raises(TooFewRanks, match=r"1 ranks are left.*does not fit into their memory"):
+        alone.loop.run()

@@ -41,7 +41,10 @@ class Straggler:
 
 
 def work_of(plan: Plan, rank: int) -> float:
-    """The floating-point operations of a rank's forward passes in a step; 0 for a spare. Pure."""
+    """The floating-point operations of a rank's forward passes in a step; 0 for a spare. Pure.
+
+    A rank of a smaller stage replica has a larger share of each.
+    """
     at = plan.stage_replicas.find(rank)
     if at is None:
         return 0.0
@@ -50,7 +53,8 @@ def work_of(plan: Plan, rank: int) -> float:
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
-    return flops * len(plan.micro_batches_of(at.pipeline, at.data))
+    count = len(plan.micro_batches_of(at.pipeline, at.data))
+    return flops * count / plan.mesh_of(rank).shards
 
 
 def find_stragglers(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.checkpoint.tools.diff import diff_checkpoints
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import ElasticRun, Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
@@ -104,3 +105,33 @@ def test_a_context_group_loses_a_rank(
     assert first == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert after_one == [[[0, 1], [3]], [[4, 5, 6, 7]]]
     assert after_two == [[[0, 1], [3]], [[4, 6], [7]]]
+
+
+def test_smaller_replicas_evaluate_and_save_what_one_process_does(start: Starter) -> None:
+    """Columns of a matrix lie with ranks of different replicas then."""
+    sections: dict[str, Any] = {
+        **SECTIONS,
+        "train": {**TRAIN, "eval_every": 2, "eval_batches": 1},
+        "checkpoint": {"every": 2, "keep": 0},
+    }
+    alone, disturbed = (
+        start(
+            **sections,
+            parallel={"tensor": tensor},
+            elastic=pace({"respawn": False, "chaos": faults}, PACE_S),
+        )
+        for tensor, faults in ((1, []), (4, [fault("kill", 1, 3, "backward")]))
+    )
+    held_out, saved = [], []
+    for run in (alone, disturbed):
+        assert run.finish() == 0, run.output()
+        held_out.append([(e["step"], e["loss_hex"]) for e in run.events("evaluated")])
+        saved.append(run.root / "checkpoints")
+    assert stages_of(disturbed)[-1] == [[[0, 2], [3]]]
+    assert disturbed.bits() == alone.bits()
+    assert held_out[0] == held_out[1]
+    assert [step for step, _ in held_out[0]] == [2, 4, 6, 8]
+    for step in (6, 8):
+        name = f"step-{step:08d}"
+        difference = diff_checkpoints(saved[0] / name, saved[1] / name)
+        assert difference.equal, difference.as_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -36,6 +37,17 @@ def test_a_stage_replica_is_shown_with_what_divides_it() -> None:
     alone = shown(first_plan(data=2, pipeline=1))
     assert "tensor" not in alone
     assert "■ rank 1" in alone
+
+
+def test_a_smaller_stage_replica_is_marked_and_its_degrees_are_said() -> None:
+    plan = first_plan(tensor=2, data=2, pipeline=1)
+    mesh = replace(plan.configured_mesh, tensor_shards=2)
+    plan = replan(plan.evolved(configured_mesh=mesh), Roster((0, 1, 3), NODES), generation=1)
+    for width in (100, 30):
+        text = " ".join(shown(plan, width).split())
+        assert "◧ rank 3: tensor 1 (2 shards)" in text
+        assert "ranks 0-1" in text
+    assert "micro-batches of a step 6 2" in " ".join(shown(plan).split())
 
 
 def test_ranks_that_do_not_follow_one_another_are_not_shown_as_a_range() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given, strategies as st
 
-from holdfast.parallel.layout.mesh import Mesh
+from holdfast.parallel.layout.mesh import AXES, Mesh
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
@@ -18,20 +18,22 @@ from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of
 
 
-def plan_of(data: int, pipeline: int) -> Plan:
+def plan_of(data: int, pipeline: int, tensor: int = 1) -> Plan:
     model = ModelConfig(family="llama", layers=8, hidden=32, heads=4, kv_heads=4, vocab=64)
     layers = layer_specs(
         model,
-        tensor=1,
-        sequence_parallel=False,
+        tensor=tensor,
+        sequence_parallel=tensor > 1,
         seq_len=16,
         micro_batch=1,
         precision="fp32",
         recompute="none",
+        shards=tensor,
     )
+    sizes = Mesh.of(tensor=tensor, data=data, pipeline=pipeline).sizes
     return make_plan(
         layers,
-        Mesh.of(tensor=1, data=data, pipeline=pipeline),
+        Mesh(tuple(AXES.values()), sizes, tensor, 1, sequence_parallel=tensor > 1),
         virtual=1,
         schedule="1f1b",
         micro_batches=12,
@@ -77,6 +79,22 @@ def test_more_work_after_a_loss_is_not_slowness() -> None:
     work = {work_of(plan, rank) for rank in ranks}
     assert max(work) > 1.25 * min(work)
     assert find_stragglers(plan, {rank: usual(plan, rank) for rank in ranks}, 1.2) == []
+
+
+def test_a_rank_of_a_smaller_replica_is_not_slow_because_it_has_more_of_each_micro_batch() -> None:
+    full = plan_of(2, 1, tensor=4)
+    plan = replan(
+        full, Roster((0, 2, 3, 4, 5, 6, 7), dict.fromkeys(range(8), "node")), generation=1
+    )
+    counts = {0: 3, 3: 1, 4: 8}
+    assert {rank: len(plan.micro_batches_of(0, at)) for at, rank in enumerate(counts)} == counts
+    # A micro-batch takes two ranks twice as long as four, and one rank four times.
+    shards = {0: 2, 2: 2, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
+    times = {
+        rank: [counts.get(rank, counts[0 if rank < 4 else 4]) / of, 0.0, 0.0, 0.0]
+        for rank, of in shards.items()
+    }
+    assert find_stragglers(plan, times, 1.2) == []
 
 
 def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:

@@ -14,11 +14,11 @@ import msgspec
 import torch
 from torch.distributed import Store
 
-from holdfast.checkpoint import CheckpointManager, ManagerSettings, Wanted
-from holdfast.checkpoint.format import Manifest, WritePlan
-from holdfast.checkpoint.loading import LoadStatistics, Targets
+from holdfast.checkpoint import CheckpointManager, ManagerSettings
+from holdfast.checkpoint.format import WritePlan
+from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan, numbered
-from holdfast.checkpoint.stores import LocalStore, Retention, checkpoint_at, open_store
+from holdfast.checkpoint.stores import LocalStore, Retention, open_store
 from holdfast.checkpoint.tiers import RemoteTier, UploadResult
 from holdfast.parallel.comm import Communicator, separate_group
 from holdfast.parallel.errors import CheckpointError, ConfigError
@@ -28,14 +28,12 @@ from holdfast.trainer.run import (
     FINGERPRINT,
     RunDirectory,
     Signals,
-    check_same_data,
     checkpoint_root,
-    differing_keys,
     forget_newer,
-    has_state,
     memory_root,
     set_aside_newer,
 )
+from holdfast.trainer.saves.checkpoint_loading import CheckpointLoading
 from holdfast.trainer.saves.save_policy import SaveDecision, SavePolicy, SaveProgress
 from holdfast.trainer.step import (
     Outcome,
@@ -45,13 +43,9 @@ from holdfast.trainer.step import (
     renumbered,
     saved_tensors,
     state_format,
-    wanted_boxes,
-    weights_only,
 )
 from holdfast.trainer.terms import (
-    certificate_note,
     make_certificate,
-    same_work,
     software_versions,
 )
 from holdfast.trainer.worlds import WorldInfo
@@ -391,8 +385,12 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but none can be read.
         """
         reason = ""
+        loading = CheckpointLoading(
+            self._training, self._state, self._manager, self._run, self._certificate
+        )
         for number, place in enumerate(self._run.resume.candidates):
-            step, reason = self._try(place, number, note)
+            step, reason = loading.attempt(place, f"resume-{number}", note)
+            self.loaded = loading.statistics
             if reason:
                 note(f"{place} is passed over: {reason}")
                 continue
@@ -415,54 +413,3 @@ class Checkpoints:
             for name in forget_newer(self._run.root, 0):
                 note(f"{name} in memory: a copy of steps that the run now repeats, removed")
         return 0
-
-    def _try(self, place: str, number: int, note: Callable[[str], None]) -> tuple[int, str]:
-        """Load from one place. Returns the step, and the reason if it failed on any rank."""
-        step, mine = 0, ""
-        try:
-            step = self._load(place, f"resume-{number}", note)
-        except CheckpointError as error:
-            mine = str(error)
-        failed = torch.tensor([float(bool(mine))], dtype=torch.float64)
-        self._training.groups.control.all_reduce(failed).wait()
-        if failed.item():
-            return step, mine or "another rank could not read it"
-        return step, ""
-
-    def _load(self, place: str, name: str, note: Callable[[str], None]) -> int:
-        training = self._training
-        with training.groups.recorder.busy("load", self._manager.longest_wait_s):
-            manifest, self.loaded = self._manager.load(
-                checkpoint_at(place), name, self._prepare, check=training.groups.signal.check
-            )
-        now, allowed = training.data.fingerprint, self._run.resume.allow_change
-        check_same_data(manifest, now, place, allow_change=allowed)
-        if said := self._other_certificate(manifest, place):
-            note(said)
-        if not has_state(manifest, state_format(self._training.config)):
-            training.optimizer.restart()
-            return 0
-        training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
-        return manifest.step
-
-    def _other_certificate(self, manifest: Manifest, place: str) -> str:
-        """What to say if a checkpoint was made on machines that compute other bits; else empty."""
-        config = self._training.config
-        changed = differing_keys(manifest.config, msgspec.to_builtins(config), ("",))
-        if not same_work(key for key, _, _ in changed):
-            return ""
-        saved = str(manifest.scalars.get(CERTIFICATE, ""))
-        return certificate_note(saved, self._certificate, place)
-
-    def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
-        """The targets of a checkpoint's tensors; weights only if it has no more."""
-        plan, form = self._training.plan, state_format(self._training.config)
-        wanted = {
-            peer: wanted_boxes(plan, self._ranks[peer], form)
-            for peer in self._manager.members.neighbours
-        }
-        targets = self._state.targets()
-        if has_state(manifest, form):
-            return targets, wanted
-        wanted = {peer: weights_only(boxes, manifest, form) for peer, boxes in wanted.items()}
-        return weights_only(targets, manifest, form), wanted

@@ -43,6 +43,7 @@ from .saved_tensors import (
     weights_only as weights_only,
 )
 from .state_views import (
+    TrainingState as TrainingState,
     huggingface_files as huggingface_files,
 )
 from .training import (

@@ -65,7 +65,7 @@ def assign_owners(
     Blocks with equal candidates are divided among these. Without `previous`, each candidate gets
     one contiguous run. With it, blocks keep their owners. Orphans (blocks whose owner is None or no
     candidate) go to the least loaded candidates, largest first. Then blocks leave the fullest
-    candidates only while one holds more than its share and the largest block together.
+    candidates only while one holds more than the largest share and the largest block together.
 
     Args:
         share_of: with `previous`: how much a candidate gets beside others of its group; None: all
@@ -165,20 +165,24 @@ def _minimal_moves(
 def _level(
     sizes: Sequence[int], chosen: list[int], load: dict[int, int], shares: Mapping[int, float]
 ) -> None:
-    """Move blocks from the fullest to the emptiest while it exceeds its share + largest block."""
+    """Move blocks from the fullest to the emptiest while it exceeds the largest share and block.
+
+    One with a smaller share keeps what it has up to that: it came to other blocks without any.
+    """
     each, largest = sum(sizes) / sum(shares.values()), max(sizes, default=0)
+    most = each * max(shares.values())
     held: dict[int, list[int]] = {owner: [] for owner in load}
     for block, owner in enumerate(chosen):
         held[owner].append(block)
-    full = [(each * shares[owner] - amount, owner) for owner, amount in load.items()]
+    full = [(-amount, owner) for owner, amount in load.items()]
     empty = [(amount / shares[owner], owner) for owner, amount in load.items()]
     heapq.heapify(full)
     heapq.heapify(empty)
     while full:
-        below, giver = heapq.heappop(full)
-        if below != each * shares[giver] - load[giver]:
+        amount, giver = heapq.heappop(full)
+        if -amount != load[giver]:
             continue
-        if -below <= largest:
+        if load[giver] <= most + largest:
             return
         while empty[0][0] != load[empty[0][1]] / shares[empty[0][1]]:
             heapq.heappop(empty)
@@ -189,5 +193,5 @@ def _level(
         load[giver] -= sizes[block]
         load[taker] += sizes[block]
         for owner in (giver, taker):
-            heapq.heappush(full, (each * shares[owner] - load[owner], owner))
+            heapq.heappush(full, (-load[owner], owner))
             heapq.heappush(empty, (load[owner] / shares[owner], owner))

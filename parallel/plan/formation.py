@@ -18,6 +18,8 @@ from holdfast.parallel.plan.initial import micro_batch_counts
 from holdfast.parallel.plan.plan import Plan, Shard
 
 _Stages = list[list[StageReplica]]
+_CONSIDERED = 64
+"""Ranks that are considered for a stage replica, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +157,27 @@ def _decomposed(
     for size in sizes:
         while len(left) >= size:
             same = (held for held in smaller if len(held) == size and set(held).issubset(left))
-            group = next(same, None) or left[:size]
-            found.append(tuple(sorted(group, key=lambda r: (places.shard_index(r), r))))
-            left = [rank for rank in left if rank not in group]
+            if len(sizes) > 1:
+                found.append(tuple(_by_parts(next(same, None) or left, size, plan)))
+            else:
+                found.append(tuple(sorted(left[:size], key=lambda r: (places.shard_index(r), r))))
+            left = [rank for rank in left if rank not in found[-1]]
     return found, left
+
+
+def _by_parts(ranks: Sequence[int], size: int, plan: Plan) -> list[int]:
+    """The ranks of a stage replica by shard: for each the one that holds most of its parts now."""
+    left = list(ranks[: max(size, _CONSIDERED)])
+    held = {
+        rank: frozenset(plan.parts_of(rank) if plan.stage_replicas.find(rank) else ())
+        for rank in left
+    }
+    found = []
+    for shard in range(size):
+        parts = plan.configured_mesh.by_replica_size[size].parts_of(shard)
+        found.append(max(left, key=lambda rank: len(held[rank].intersection(parts))))
+        left.remove(found[-1])
+    return found
 
 
 def _ranks(stage: list[StageReplica]) -> int:

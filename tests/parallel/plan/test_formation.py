@@ -165,7 +165,8 @@ def test_three_of_four_go_on_as_two_and_one_each_with_what_it_can_do() -> None:
     again = without(after, 0)
     assert again.stage_replicas.stages == (((3, 2), (4, 5, 6, 7)),)
     both = without(after, 6)
-    assert both.stage_replicas.stages == (((0, 2), (3,), (4, 5), (7,)),)  # each on its node
+    # Each on its node, and with parts that it has: rank 7 has the last one.
+    assert both.stage_replicas.stages == (((0, 2), (3,), (4, 7), (5,)),)
 
 
 def test_a_rank_with_more_parts_owns_as_much_as_others() -> None:

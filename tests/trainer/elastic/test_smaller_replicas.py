@@ -104,7 +104,7 @@ def test_a_context_group_loses_a_rank(
     first, after_one, after_two = stages_of(run)
     assert first == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert after_one == [[[0, 1], [3]], [[4, 5, 6, 7]]]
-    assert after_two == [[[0, 1], [3]], [[4, 6], [7]]]
+    assert after_two == [[[0, 1], [3]], [[4, 7], [6]]]
 
 
 def test_smaller_replicas_evaluate_and_save_what_one_process_does(start: Starter) -> None:

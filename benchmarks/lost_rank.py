@@ -25,6 +25,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 import msgspec
 import torch
@@ -40,6 +41,7 @@ from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.parallel.schedules import Action, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster
@@ -81,6 +83,31 @@ def plan(way: str, lost_rank: int, micro_batches: int) -> Plan:
     return replan(full, roster, generation=1, move_layers="holdfast" in way)
 
 
+def blocks(plan: Plan, chunk: int) -> int:
+    """The transformer blocks of a chunk; embedding and head are taken to be free."""
+    names = (plan.layers[layer].name for layer in plan.layers_of(chunk))
+    return sum(name.startswith("block.") for name in names)
+
+
+def timed_steps(
+    executor: Executor,
+    comm: GlooCommunicator,
+    program: Program,
+    order: Mapping[Action, int],
+    repetitions: int,
+) -> list[float]:
+    """The seconds of steps that begin and end on all ranks at once; a first one does not count."""
+    times = []
+    for _ in range(repetitions + 1):
+        comm.barrier()
+        begun = time.perf_counter()
+        if program:
+            executor.run(program, order)
+        comm.barrier()
+        times.append(time.perf_counter() - begun)
+    return times[1:]
+
+
 def step_times(
     rank: int,
     world_size: int,
@@ -98,25 +125,12 @@ def step_times(
     current = plan(way, lost, micro_batches)
     programs = {r: training_program(current, r) for r in current.stage_replicas.ranks}
     mine = programs.get(rank, ())
-
-    def blocks(chunk: int) -> int:
-        """Transformer blocks alone count; embedding and head are taken to be free."""
-        names = (current.layers[layer].name for layer in current.layers_of(chunk))
-        return sum(name.startswith("block.") for name in names)
-
-    chunks = {chunk: SleepingChunk(LAYER_S * blocks(chunk)) for chunk in current.chunks_of(rank)}
+    chunks = {
+        chunk: SleepingChunk(LAYER_S * blocks(current, chunk)) for chunk in current.chunks_of(rank)
+    }
     message = MessageShape(SHAPE, torch.float32, torch.device("cpu"))
     executor = Executor(chunks, len(current.placement) - 1, message, comm, micro_batches)
-    order = receive_order(mine, programs, rank)
-    times = []
-    for _ in range(repetitions + 1):
-        comm.barrier()
-        begun = time.perf_counter()
-        if mine:
-            executor.run(mine, order)
-        comm.barrier()
-        times.append(time.perf_counter() - begun)
-    return times[1:]
+    return timed_steps(executor, comm, mine, receive_order(mine, programs, rank), repetitions)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 
 import msgspec
 import torch
@@ -38,6 +37,7 @@ from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
+from lost_rank import blocks, timed_steps
 from support.processes.cluster import Cluster
 
 LAYERS, LAYER_S = 24, 0.004
@@ -108,27 +108,13 @@ def step_times(
             return None
         return unit_rows(units, message_units(current, rank, peer, sends=sends), 1)
 
-    def blocks(chunk: int) -> int:
-        """Transformer blocks alone count; embedding and head are taken to be free."""
-        names = (current.layers[layer].name for layer in current.layers_of(chunk))
-        return sum(name.startswith("block.") for name in names)
-
     chunks = {
-        chunk: CutChunk(LAYER_S * blocks(chunk) / mesh.shards, shape)
+        chunk: CutChunk(LAYER_S * blocks(current, chunk) / mesh.shards, shape)
         for chunk in current.chunks_of(rank)
     }
     message = MessageShape(shape, torch.float32, torch.device("cpu"), rows_of)
     executor = Executor(chunks, len(current.placement) - 1, message, comm, MICRO_BATCHES)
-    order = receive_order(mine, programs, rank)
-    times = []
-    for _ in range(repetitions + 1):
-        comm.barrier()
-        begun = time.perf_counter()
-        if mine:
-            executor.run(mine, order)
-        comm.barrier()
-        times.append(time.perf_counter() - begun)
-    return times[1:]
+    return timed_steps(executor, comm, mine, receive_order(mine, programs, rank), repetitions)
 
 
 def main() -> None:

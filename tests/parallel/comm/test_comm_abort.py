@@ -76,9 +76,9 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool) -> str | None:
-    """Rank 1 is killed while it takes a large message from rank 0, or gives it one."""
-    groups = build_groups(
+def two_ranks(rank: int, store: Any) -> Groups:
+    """The groups of one of two ranks of a pipeline."""
+    return build_groups(
         store,
         "127.0.0.1",
         rank,
@@ -87,6 +87,11 @@ def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool
         backend="gloo",
         generation=0,
     )
+
+
+def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool) -> str | None:
+    """Rank 1 is killed while it takes a large message from rank 0, or gives it one."""
+    groups = two_ranks(rank, store)
     large = torch.zeros(1 << 25) if rank == sends else torch.ones(1 << 25)
     post = groups.world.send if rank != sends else groups.world.receive
     store.set(f"pid/{rank}", str(os.getpid()))
@@ -125,15 +130,7 @@ def small_messages_cut_off(rank: int, world_size: int, store: Any, *, sends: boo
 
     The one whose turn it was is cut off in the middle, wherever its receiver is.
     """
-    groups = build_groups(
-        store,
-        "127.0.0.1",
-        rank,
-        range(2),
-        {"tensor": (rank,), "pipeline": range(2)},
-        backend="gloo",
-        generation=0,
-    )
+    groups = two_ranks(rank, store)
     store.set(f"pid/{rank}", str(os.getpid()))
     peer = int(store.get(f"pid/{1 - rank}"))
     receives = rank == sends

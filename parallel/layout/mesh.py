@@ -219,6 +219,16 @@ class Mesh:
                 found.setdefault(mesh.shards, mesh)
         return {size: found[size] for size in sorted(found, reverse=True)}
 
+    @property
+    def units_of_slice(self) -> int:
+        """The units of tokens of a slice; see `token_units`."""
+        return max(self.tensor, self.tensor_shards) if self.sequence_parallel else 1
+
+    @property
+    def units(self) -> int:
+        """The units of tokens of a sequence."""
+        return self.context_chunks * self.units_of_slice
+
     @cached_property
     def token_units(self) -> tuple[tuple[int, ...], ...]:
         """By shard, the tokens of its hidden states between layers, in the order of their rows.
@@ -226,7 +236,7 @@ class Mesh:
         A unit is the share of a sequence that no replica divides further: a slice, or with sequence
         parallelism one of its parts.
         """
-        each = max(self.tensor, self.tensor_shards) if self.sequence_parallel else 1
+        each = self.units_of_slice
         found = []
         for shard in range(self.shards):
             here = self.along(shard)

@@ -39,11 +39,6 @@ class StageReplicas:
         )
 
     @cached_property
-    def largest(self) -> int:
-        """The number of ranks of the largest stage replica."""
-        return max(len(held) for stage in self.stages for held in stage)
-
-    @cached_property
     def widest_sizes(self) -> tuple[int, ...]:
         """The sizes in the first stage that has the most replicas."""
         return max(map(self.sizes, range(self.pipeline)), key=len)

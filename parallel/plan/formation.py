@@ -63,8 +63,8 @@ def next_stage_replicas(plan: Plan, roster: Roster, sizes: Sequence[int]) -> Sta
     count = sum(map(len, kept)) + len(formed)
     if not count:
         mesh = plan.configured_mesh
-        smaller = len(mesh.by_replica_size) > 1 and len(sizes) == 1 and plan.shard == "optimizer"
-        why = "; a smaller one does not fit into their memory" if smaller else ""
+        refused = len(sizes) < len(replica_sizes(mesh, plan.shard))
+        why = "; a smaller one does not fit into their memory" if refused else ""
         raise TooFewRanks(
             f"{len(present)} ranks are left, but a stage replica takes {sizes[-1]} "
             f"({mesh.by_replica_size[sizes[-1]].stage_replica_text}){why}; bring ranks back"

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import StageReplicas
+from holdfast.parallel.plan.formation import replica_sizes
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import divide_micro_batches
 from holdfast.parallel.reading import Count, of_kind
@@ -38,12 +39,12 @@ class _PlanData(msgspec.Struct, frozen=True):
         Raises:
             ValueError: it cannot.
         """
-        sizes = first.configured_mesh.by_replica_size
+        sizes = replica_sizes(first.configured_mesh, first.shard)
         ranks = [rank for stage in self.stages for held in stage for rank in held]
         ranks += self.spares
         if not self.stages or not all(self.stages) or len(set(ranks)) != len(ranks):
             raise ValueError("a stage has no ranks, or a rank has two places")
-        wrong = {len(held) for stage in self.stages for held in stage} - sizes.keys()
+        wrong = {len(held) for stage in self.stages for held in stage}.difference(sizes)
         if wrong:
             allowed = " or ".join(map(str, sizes))
             raise ValueError(f"a replica of a stage has {min(wrong)} ranks, not {allowed}")

@@ -54,21 +54,23 @@ def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -
         peers_of: the ranks that it exchanges a message with; see `PeersOf`.
         chunks: the number of chunks of the whole model.
     """
+
+    def messages(op: Op, action: Action, neighbour: int) -> list[Action]:
+        if not 0 <= neighbour < chunks:
+            return []
+        peers = peers_of(op, neighbour, action.micro_batch)
+        return [Action(op, action.chunk, action.micro_batch, peer) for peer in peers]
+
     complete: list[Action] = []
     for action in program:
-        chunk, micro_batch, op = action.chunk, action.micro_batch, action.op
+        chunk, op = action.chunk, action.op
         if op is Op.BACKWARD_WEIGHT:
             complete.append(action)
             continue
         comes, goes, onward = _FORWARD if op is Op.FORWARD else _BACKWARD
-        for message, neighbour in ((comes, chunk - onward), (None, chunk), (goes, chunk + onward)):
-            if message is None:
-                complete.append(action)
-            elif 0 <= neighbour < chunks:
-                complete += (
-                    Action(message, chunk, micro_batch, peer)
-                    for peer in peers_of(message, neighbour, micro_batch)
-                )
+        complete += messages(comes, action, chunk - onward)
+        complete.append(action)
+        complete += messages(goes, action, chunk + onward)
     return tuple(complete)
 
 

@@ -31,7 +31,7 @@ from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.plan_report.strips import StripsPlan, strips_plan
 from holdfast.trainer.reports import LayoutTable, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
-from holdfast.trainer.step import layers_of_config, plan_of, state_format
+from holdfast.trainer.step import device_copies, layers_of_config, plan_of, state_format
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
@@ -238,8 +238,7 @@ def plan_report(
             busiest,
             form,
             exact=exact,
-            # On a GPU's host lies what a CPU has in the same memory.
-            copies=1 if form.on_host and config.train.device != "cpu" else form.copies,
+            copies=device_copies(config),
         ),
         parameters=parameters,
         step_flops=step_flops(plan.layers, config.train.global_batch // config.train.micro_batch),

@@ -96,11 +96,11 @@ def _lines(plan: Plan) -> Table:
 def _captions(plan: Plan) -> list[str]:
     recomputed, spares = recompute_summary(plan.layers), plan.stage_replicas.spares
     found = [f"recomputed: {recomputed}"] if recomputed else []
-    found += smaller_replicas(plan)
+    found += _smaller_replicas(plan)
     return [*found, f"spare: {named_ranks(spares, ', ')}"] if spares else found
 
 
-def smaller_replicas(plan: Plan) -> list[str]:
+def _smaller_replicas(plan: Plan) -> list[str]:
     """The stage replicas that have lost ranks, and their degrees, a text each. Pure."""
     return [
         f"◧ {named_ranks(replica)}: {plan.mesh_of(replica[0]).stage_replica_text}"

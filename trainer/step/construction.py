@@ -234,7 +234,7 @@ def new_executor(
     train, last_chunk = config.train, len(plan.placement) - 1
     mesh, shard = plan.mesh_of(rank), plan.stage_replicas.shard_index(rank)
     units = mesh.token_units[shard]
-    of_unit = train.seq_len // (1 + max(map(max, mesh.token_units)))
+    of_unit = train.seq_len // mesh.units
     shape = (len(units) * of_unit, train.micro_batch, config.model.hidden)
 
     def rows_of(peer: int, sends: bool) -> tuple[slice, ...] | None:

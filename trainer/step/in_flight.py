@@ -165,7 +165,7 @@ class StepInFlight:
         return own | {
             (micro_batch, number): loss
             for (micro_batch, number), loss in by_slice(losses, self._slices).items()
-            if not self._interrupted.has(self._loss_key, micro_batch, (number,))
+            if number not in self._interrupted.slices_in(self._loss_key, micro_batch)
         }
 
     @property

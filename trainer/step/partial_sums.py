@@ -10,7 +10,7 @@ number m times the slices of a sequence + q.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,6 @@ class InterruptedStep:
         found = self.included.get(key, frozenset())
         first = micro_batch * self.slices
         return frozenset(q for q in range(self.slices) if first + q in found)
-
-    def has(self, key: ParameterKey, micro_batch: int, slices: Iterable[int]) -> bool:
-        """Whether a parameter's sums include some slices of a micro-batch already."""
-        return self.slices_in(key, micro_batch).issuperset(slices)
 
 
 NOT_INTERRUPTED = InterruptedStep(-1, {})

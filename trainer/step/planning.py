@@ -102,6 +102,15 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
     )
 
 
+def device_copies(config: RunConfig) -> int:
+    """The values that the optimizer keeps per owned parameter in a device's memory. Pure.
+
+    On a GPU's host lies what a CPU has in the same memory.
+    """
+    form = state_format(config)
+    return 1 if form.on_host and config.train.device != "cpu" else form.copies
+
+
 def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] | None:
     """Whether a rank's memory suffices for its part in a plan, by an estimate. Pure.
 
@@ -114,7 +123,6 @@ def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] |
     if not most:
         return None
     form, on_cpu = state_format(config), config.train.device == "cpu"
-    copies = form.copies if on_cpu or not form.on_host else 1
     followed_bytes = form.precision.state.bytes * (len(form.held) + 1)
 
     def has_room(plan: Plan, rank: int) -> bool:
@@ -122,7 +130,7 @@ def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] |
             plan,
             rank,
             precision=form.precision,
-            copies=copies,
+            copies=device_copies(config),
             exact=config.numerics.reduction == "exact",
         )
         needed = memory.total

@@ -38,8 +38,8 @@ def shaped(state: torch.Tensor, rows: tuple[slice, ...]) -> MessageShape:
 def test_a_hidden_state_crosses_any_boundary_unchanged(*, sequence_parallel: bool) -> None:
     values = torch.randn(TOKENS, 2, 3)
     for sender, receiver in product(meshes(sequence_parallel=sequence_parallel), repeat=2):
-        units = 1 + max(map(max, sender.token_units))
-        of_unit = TOKENS // units
+        of_unit = TOKENS // sender.units
+        assert sender.units == receiver.units == 1 + max(map(max, sender.token_units))
 
         def state(mesh: Mesh, shard: int, of_unit: int = of_unit) -> torch.Tensor:
             rows = [values[u * of_unit : (u + 1) * of_unit] for u in mesh.token_units[shard]]

@@ -1,67 +1,40 @@
 """What slices and shards cost: python benchmarks/atoms.py
 
-A training step of one process, whose sequences are computed in slices (`train.context_chunks`) and
-whose layers in shards (`numerics.tensor_shards`), beside the step with one of each. Processor time
-of one thread, in turn.
+A training step whose sequences are computed in slices (`train.context_chunks`) and whose layers in
+shards (`numerics.tensor_shards`), on one rank and on as many ranks, beside the step with one of
+each. Processor time of all ranks together, one thread each, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
 
-import torch
-from torch.distributed import HashStore
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, os.path.dirname(__file__))
 
-from harness import alternate, report
-from holdfast.trainer.config import convert_config
-from holdfast.trainer.step import open_training
-from holdfast.trainer.worlds import local_world
+from atoms_ranks import Atoms, Sizes
+from harness import Measurement, report
+from support.processes.cluster import Cluster
 
-
-def stepper(
-    precision: str, slices: int, shards: int, given: argparse.Namespace
-) -> Callable[[], float]:
-    """Computes a step; returns its processor seconds."""
-    config = convert_config(
-        {
-            "model": {
-                "family": "llama",
-                "layers": given.layers,
-                "hidden": given.hidden,
-                "intermediate": 11 * given.hidden // 4,
-                "heads": 8,
-                "kv_heads": 4,
-                "vocab": 4096,
-                "max_seq_len": given.seq_len,
-            },
-            "data": {"kind": "synthetic"},
-            "train": {
-                "seq_len": given.seq_len,
-                "global_batch": 1,
-                "micro_batch": 1,
-                "context_chunks": slices,
-                "precision": precision,
-                "device": "cpu",
-            },
-            "numerics": {"tensor_shards": shards},
-        }
-    )
-    training = open_training(config, local_world(0, 1), HashStore())
-    step = 0
-
-    def run() -> float:
-        nonlocal step
-        start = time.process_time()
-        training.compute(step)
-        training.vote(*training.reduce())
-        training.apply(1e-4)
-        step += 1
-        return time.process_time() - start
-
-    run()
-    return run
+ONE_RANK = {
+    "one of each": Atoms(),
+    "2 slices": Atoms(slices=2),
+    "4 slices": Atoms(slices=4),
+    "8 slices": Atoms(slices=8),
+    "2 shards": Atoms(shards=2),
+    "4 shards": Atoms(shards=4),
+}
+SEVERAL_RANKS = {
+    "tensor {n}, one of each": Atoms(tensor=0),
+    "tensor {n}, {n} shards": Atoms(tensor=0, shards=0),
+    "context {n}, {n} slices, heads": Atoms(context=0, slices=0, context_exchange="heads"),
+    "context {n}, {n} slices, keys": Atoms(context=0, slices=0, context_exchange="keys"),
+}
+"""0: as many as there are ranks."""
 
 
 def main() -> None:
@@ -69,22 +42,49 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--slices", type=int, nargs="*", default=[2, 4, 8])
-    parser.add_argument("--shards", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", help="path of the results, without precision and ending")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     for precision in given.precision:
-        sizes = {"one of each": (1, 1)}
-        sizes |= {f"{count} slices": (count, 1) for count in given.slices}
-        sizes |= {f"{count} shards": (1, count) for count in given.shards}
-        work = {name: stepper(precision, *both, given) for name, both in sizes.items()}
-        rows = alternate(work, given.repetitions)
-        baseline = dict.fromkeys(sizes, rows[0].median_s)
-        path = f"{given.json}-{precision}.json" if given.json else None
-        report(f"a step in slices and shards, {precision}", rows, baseline, json_path=path)
+        for ranks in given.ranks:
+            sizes = Sizes(given.layers, given.hidden, given.seq_len, precision, given.repetitions)
+            rows = measured(sizes, contestants(ranks), ranks)
+            path = f"{given.json}-{precision}-{ranks}.json" if given.json else None
+            report(
+                f"a step in slices and shards on {ranks} ranks, {precision}",
+                rows,
+                dict.fromkeys((row.name for row in rows), rows[0].median_s),
+                json_path=path,
+                note=f"{sizes}",
+            )
+
+
+def contestants(ranks: int) -> dict[str, Atoms]:
+    """The first is what the others are compared with."""
+    if ranks == 1:
+        return ONE_RANK
+    fields = ("slices", "shards", "tensor", "context")
+    several = {
+        name.format(n=ranks): Atoms(
+            *(getattr(atoms, field) or ranks for field in fields), atoms.context_exchange
+        )
+        for name, atoms in SEVERAL_RANKS.items()
+    }
+    return {"one rank, one of each": Atoms(), **several}
+
+
+def measured(sizes: Sizes, given: dict[str, Atoms], ranks: int) -> list[Measurement]:
+    """The processor time of all ranks in each step."""
+    with closing(Cluster(ranks)) as cluster:
+        found = cluster.run(
+            "atoms_ranks:measure", ranks, sizes=sizes, contestants=given, timeout_s=3600
+        )
+    return [
+        Measurement(name, tuple(map(sum, zip(*(times[name] for times in found), strict=True))))
+        for name in given
+    ]
 
 
 if __name__ == "__main__":

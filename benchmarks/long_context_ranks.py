@@ -61,6 +61,9 @@ def measure(
                 "device": "cpu",
             },
             "parallel": dict(layout),
+            "numerics": {
+                "reduction": "fast" if layout.get("context_exchange") == "ring" else "exact"
+            },
         }
     )
     training = open_training(config, local_world(rank, ranks), store)

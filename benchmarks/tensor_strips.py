@@ -1,9 +1,14 @@
 """Tensor-parallel products beside their communication: python benchmarks/tensor_strips.py
 
 Two ranks, each in a network namespace of its own with a cable of limited rate (see link.py), train
-one model with its products cut into 1, 2, 4, 8 strips (`numerics.tensor_strips`). The rate is such
+one model with its products cut into 1, 2, 4, 8 strips (`numerics.tensor_strips`), and once with
+each collective waited for as soon as it has begun. The rate is such
 that communication takes half as long as computation. A sub-layer (the MLP, forwards and backwards)
 and a whole step are timed. Needs Linux, root and iproute2.
+
+First with an emulated device: each matrix product sleeps for as long as a device would compute it,
+which leaves the processors to the messages. Then with products that are computed here, so that the
+ranks' products and the threads of their messages share the cores.
 """
 
 from __future__ import annotations
@@ -32,8 +37,15 @@ def main() -> None:
     parser.add_argument("--strips", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", help="path of the results, without kind and ending")
+    parser.add_argument("--emulated-gflops", type=float, default=100, help="a second, of a rank")
     given = parser.parse_args()
-    sizes = Sizes(given.layers, given.hidden, given.seq_len, tuple(given.strips), given.repetitions)
+    here = Sizes(
+        given.layers, given.hidden, given.seq_len, tuple(given.strips), given.repetitions, 0
+    )
+    contestants = {
+        "emulated": replace(here, flops_per_s=given.emulated_gflops * 1e9),
+        "computed": here,
+    }
     with cables(RANKS) as net:
 
         def run(wanted: Sizes) -> dict[str, dict[str, list[float]]]:
@@ -44,19 +56,21 @@ def main() -> None:
                 )
             return results[0]
 
-        net.limit(10_000)
-        first = run(replace(sizes, strips=(1,), repetitions=3))
-        computed = Measurement("", tuple(first["computation"][""])).median_s
-        sent = EXCHANGES * sizes.seq_len // RANKS * sizes.hidden * 4
-        mbit = round(sent * 8e-6 / (computed / 2))
-        net.limit(mbit)
-        found = run(sizes)
-    note = f"{sizes}; computation of the sub-layer {computed * 1e3:.0f} ms; {mbit} Mbit/s"
-    for kind in ("sub-layer", "step"):
-        rows = [Measurement(f"{n} strips", tuple(times)) for n, times in found[kind].items()]
-        baseline = {row.name: rows[0].median_s for row in rows}
-        path = f"{given.json}-{kind}.json" if given.json else None
-        report(f"tensor-parallel {kind}", rows, baseline, json_path=path, note=note)
+        for name, sizes in contestants.items():
+            net.limit(10_000)
+            first = run(replace(sizes, strips=(1,), repetitions=3))
+            computed = Measurement("", tuple(first["computation"][""])).median_s
+            sent = EXCHANGES * sizes.seq_len // RANKS * sizes.hidden * 4
+            mbit = round(sent * 8e-6 / (computed / 2))
+            net.limit(mbit)
+            found = run(sizes)
+            note = f"{sizes}; computation of the sub-layer {computed * 1e3:.0f} ms; {mbit} Mbit/s"
+            for kind in ("sub-layer", "step"):
+                rows = [Measurement(name, tuple(times)) for name, times in found[kind].items()]
+                baseline = {row.name: rows[0].median_s for row in rows}
+                path = f"{given.json}-{kind}-{name}.json" if given.json else None
+                title = f"tensor-parallel {kind}, products {name}"
+                report(title, rows, baseline, json_path=path, note=note)
 
 
 if __name__ == "__main__":

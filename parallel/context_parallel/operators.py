@@ -4,7 +4,7 @@ Either ranks exchange slices for heads before attention and back after it (all-t
 2023, Ulysses), so that each has all slices of some heads; or each gathers the keys and values of
 all slices, again in the backward pass, and sends their gradients to the ranks that have the slices
 (all-gather; Dubey et al. 2024). Either way every slice of every head is computed as one rank alone
-would do it, with the same bits. Exact-mode safe.
+would do it, with the same bits: exact-mode safe. In fast mode keys may go round a ring instead.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from holdfast.parallel.context_parallel.attention import (
     sliced_attention,
 )
 from holdfast.parallel.context_parallel.kernels import Attended
+from holdfast.parallel.context_parallel.ring import ring_attention
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Documents
 
-ContextExchange = Literal["heads", "keys"]
-"""What the ranks of a context group exchange: slices for heads, or keys and values."""
+ContextExchange = Literal["heads", "keys", "ring"]
+"""What the ranks of a context group exchange: slices for heads, keys and values all at once, or
+those of one rank at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,15 @@ class ContextParallel:
         Returns:
             Of each own slice, float[micro_batch, heads, length, head_dim].
         """
+        work = Work(slices, documents, query[0].shape[0])
+        if self.group is not None and self.exchange == "ring":
+            return ring_attention(query, key, value, work, self.group)
         heads, kv_heads = query[0].shape[1], key[0].shape[1]
         if kv_heads % slices.count:
             key, value = (
                 [_RepeatedHeads.apply(part, heads // kv_heads) for part in parts]
                 for parts in (key, value)
             )
-        work = Work(slices, documents, query[0].shape[0])
         if self.group is None:
             return sliced_attention(query, key, value, work)
         if self.exchange == "keys":

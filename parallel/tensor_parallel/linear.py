@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.pipeline import WeightGradientQueue
 from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.parallel.tensor_parallel.strips import Rows
 from holdfast.parallel.tensor_parallel.sums import sum_in_order
 
 
@@ -112,11 +113,8 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(value, *parameters)
         ctx.tp, ctx.weights = tp, weights
-        found = [
-            (rows.start, [_fused(strip, part) for part in weights])
-            for rows, strip in tp.arriving(value).strips()
-        ]
-        return _in_order(found)
+        matrices = [[weight.parameter.t() for weight in part] for part in weights]
+        return _products(tp.arriving(value), matrices)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -148,10 +146,24 @@ class _ColumnLinear(torch.autograd.Function):
         return finish() if finish is not None else None, None, None, *found
 
 
-def _fused(value: Tensor, part: Sequence[Weight]) -> Tensor:
-    """The products with weights whose output features follow one another."""
-    products = [F.linear(value, weight.parameter) for weight in part]
-    return products[0] if len(products) == 1 else torch.cat(products, -1)
+def _products(rows: Rows, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The products of all rows with the matrices of each part, strip by strip.
+
+    Args:
+        parts: of each part, float[in, out] whose output features follow one another.
+    """
+    widths = [[matrix.shape[1] for matrix in part] for part in parts]
+    results: list[Tensor] = []
+    for where, strip in rows.strips():
+        if not results:
+            shape = (rows.count, *strip.shape[1:-1])
+            results = [strip.new_empty(*shape, sum(of_part)) for of_part in widths]
+        flat = _matrix(strip)
+        for result, part, of_part in zip(results, parts, widths, strict=True):
+            found = result[where].flatten(0, -2).split(of_part, -1)
+            for matrix, columns in zip(part, found, strict=True):
+                torch.mm(flat, matrix, out=columns)
+    return tuple(results)
 
 
 def _cut(gradient: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -166,18 +178,6 @@ def _input_gradient(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return sum_in_order(
         [cut @ weight for cut, weight in zip(_cut(gradient, weights), weights, strict=True)]
     )
-
-
-def _in_order(found: Sequence[tuple[int, Sequence[Tensor]]]) -> tuple[Tensor, ...]:
-    """Of each part, its strips one after another.
-
-    Args:
-        found: the first row of each strip, and its tensor of each part.
-    """
-    if len(found) == 1:
-        return tuple(found[0][1])
-    ordered = [parts for _, parts in sorted(found, key=lambda strip: strip[0])]
-    return tuple(torch.cat(list(strips)) for strips in zip(*ordered, strict=True))
 
 
 class _RowLinear(torch.autograd.Function):
@@ -208,12 +208,7 @@ class _RowLinear(torch.autograd.Function):
         arriving = ctx.tp.arriving(grad_output)
         grad_values: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            grad_values = _in_order(
-                [
-                    (rows.start, [strip @ weight for weight in held])
-                    for rows, strip in arriving.strips()
-                ]
-            )
+            grad_values = _products(arriving, [[weight] for weight in held])
         whole = arriving.whole()
         gradients = [
             _weight_gradient(is_needed, Weight(parameter, queue), whole, value)

@@ -28,6 +28,9 @@ Product = Callable[[slice], Tensor]
 class Rows(Protocol):
     """The rows of all tokens, of which some may be on their way."""
 
+    @property
+    def count(self) -> int: ...
+
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their values, each as soon as it is here."""
         ...
@@ -42,6 +45,10 @@ class WholeRows:
 
     def __init__(self, value: Tensor, message: Handle | None = None) -> None:
         self._value, self._message = value, message
+
+    @property
+    def count(self) -> int:
+        return self._value.shape[0]
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, self._value.shape[0]), self.whole()
@@ -115,6 +122,10 @@ class ArrivingRows:
         for to, source, strip in cut.rounds():
             own, rows = self._all[cut.of(cut.index, strip)], cut.of(source, strip)
             self._rounds.append((rows, cut.exchange(own, to, self._all[rows], source)))
+
+    @property
+    def count(self) -> int:
+        return self._all.shape[0]
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
         for strip in range(self._cut.strips):

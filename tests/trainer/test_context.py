@@ -75,6 +75,8 @@ def test_heads_that_groups_share_and_recompute_keep_the_bits(
         {"context": 2, "tensor": 2},
         {"context": 2, "tensor": 2, "sequence_parallel": False, "pipeline": 2},
         {"context": 4, "context_exchange": "keys", "tensor": 2},
+        {"context": 2, "context_exchange": "ring", "tensor": 2, "pipeline": 2},
+        {"context": 4, "context_exchange": "ring", "data": 2},
     ],
     ids=str,
 )
@@ -126,6 +128,11 @@ def test_a_loss_in_a_context_group_changes_no_bit(
             "does not divide model.heads = 4",
         ),
         ({"context_chunks": 16, "seq_len": 16}, {"context": 2}, "needs a multiple of 32"),
+        (
+            {"context_chunks": 4},
+            {"context": 2, "context_exchange": "ring"},
+            "numerics.reduction = 'exact' refuses",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -57,6 +57,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
 
 
 KEYS = {"context": 2, "context_exchange": "keys"}
+RING = {"context": 2, "context_exchange": "ring"}
 
 # (bug, layout, packing, kind of the first finding)
 IN_SLICES: list[tuple[str, dict[str, Any], str, str]] = [
@@ -65,6 +66,8 @@ IN_SLICES: list[tuple[str, dict[str, Any], str, str]] = [
     ("loss_scaled_by_context", {"context": 2}, "concatenated", "activation gradient"),
     ("dropout_equal_on_slices", {"context": 2}, "concatenated", "activation"),
     ("key_gradients_of_own_queries_only", KEYS, "concatenated", "activation gradient"),
+    ("ring_keys_keep_no_gradients", RING, "concatenated", "activation gradient"),
+    ("ring_attends_across_documents", RING, "documents", "activation"),
     ("slices_attend_across_documents", {"context": 2}, "documents", "activation"),
     ("documents_attend_to_each_other", {"data": 2}, "documents", "activation"),
     ("ends_of_documents_are_predicted", {"tensor": 2}, "documents", "loss"),

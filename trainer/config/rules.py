@@ -254,6 +254,12 @@ def _slices(config: RunConfig) -> Iterator[str]:
             f"parallel.context_exchange = 'heads': {config.tensor_parts_key} x parallel.context = "
             f"{parts * context} does not divide model.heads = {heads}; use 'keys', or leave it out"
         )
+    if parallel.context_exchange == "ring" and config.numerics.reduction == "exact":
+        yield (
+            "parallel.context_exchange = 'ring' joins parts of the keys in another order on each "
+            "number of ranks, which numerics.reduction = 'exact' refuses; use 'keys' or 'heads', "
+            "or numerics.reduction = 'fast'"
+        )
 
 
 def _pipeline(config: RunConfig) -> Iterator[str]:

@@ -103,9 +103,10 @@ class ParallelConfig(Section, frozen=True):
     data: int = 1
     context: int = 1
     expert: int = 1
-    context_exchange: Literal["auto", "heads", "keys"] = "auto"
-    """With context > 1: slices travel for heads ("heads"), or keys and values do ("keys"); "auto":
-    heads where their number on a rank divides. Results do not depend on it."""
+    context_exchange: Literal["auto", "heads", "keys", "ring"] = "auto"
+    """With context > 1: slices travel for heads ("heads"), or keys and values do, all at once
+    ("keys") or those of one rank at a time ("ring": fast mode only); "auto": heads where their
+    number on a rank divides. In exact mode results do not depend on it."""
     virtual: int = 1
     """Model chunks per pipeline rank."""
     schedule: str = "1f1b"

@@ -65,13 +65,14 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
     return _first_plan(config, layers_of_config(config), generation)
 
 
-def context_exchange(config: RunConfig) -> Literal["heads", "keys"]:
+def context_exchange(config: RunConfig) -> Literal["heads", "keys", "ring"]:
     """What the ranks of a context group exchange. Pure."""
     parallel = config.parallel
     if parallel.context_exchange != "auto":
         return parallel.context_exchange
-    divides = config.model.heads % (config.tensor_parts * parallel.context) == 0
-    return "heads" if divides else "keys"
+    if config.model.heads % (config.tensor_parts * parallel.context) == 0:
+        return "heads"
+    return "ring" if config.numerics.reduction == "fast" else "keys"
 
 
 def shadows_in_host_memory(config: RunConfig, device: str) -> bool:

@@ -81,3 +81,31 @@ def test_ranks_attend_as_one_alone_would(
         results = cluster.run("test_context_exchange:attended", ranks, exchange=exchange, **keys)
         together = {number: found for one in results for number, found in one.items()}
         assert together == alone, (ranks, exchange)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1)], ids=str)
+def test_a_ring_gives_what_one_rank_does(
+    cluster: Cluster, heads: tuple[int, int], packed: bool
+) -> None:
+    for dtype, tolerance in (("float64", 1e-10), ("bfloat16", 0.05)):
+        for slices in (4, 8):
+            keys: dict[str, Any] = {"slices": slices, "heads": heads, "packed": packed}
+            # In float64, so that narrow results are compared with right ones.
+            alone = attended(0, 1, None, exchange="heads", dtype="float64", **keys)
+            for ranks in (2, 4):
+                results = cluster.run(
+                    "test_context_exchange:attended", ranks, exchange="ring", dtype=dtype, **keys
+                )
+                together = {number: found for one in results for number, found in one.items()}
+                assert together.keys() == alone.keys()
+                for number, right in alone.items():
+                    for found, wanted in zip(together[number], right, strict=True):
+                        torch.testing.assert_close(
+                            torch.tensor(found),
+                            torch.tensor(wanted),
+                            rtol=tolerance,
+                            atol=tolerance,
+                        )

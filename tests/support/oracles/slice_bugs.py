@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from holdfast.parallel.context_parallel import operators
+from holdfast.parallel.context_parallel import operators, ring
 from holdfast.parallel.context_parallel.operators import ContextParallel
 from holdfast.trainer.models.llama import modules as llama, regions
 from holdfast.trainer.models.llama.regions import RotaryTables
@@ -88,6 +88,31 @@ def key_gradients_of_own_queries_only() -> Iterator[None]:
         return original(slices, group, kept)
 
     with mock.patch.object(operators, "_summed", own):
+        yield
+
+
+@contextmanager
+def ring_keys_keep_no_gradients() -> Iterator[None]:
+    """What queries give to keys of other slices does not go round the ring with them."""
+    original = ring.attend_backward
+
+    def own(*given: Any, causal: bool) -> Any:
+        found = original(*given, causal=causal)
+        return found if causal else found._replace(key=found.key * 0, value=found.value * 0)
+
+    with mock.patch.object(ring, "attend_backward", own):
+        yield
+
+
+@contextmanager
+def ring_attends_across_documents() -> Iterator[None]:
+    """What goes round the ring is attended to as if there were one document."""
+    original = ring.parts_of
+
+    def across(work: Any, queries: int, keys: int) -> Any:
+        return original(replace(work, documents=None) if keys < queries else work, queries, keys)
+
+    with mock.patch.object(ring, "parts_of", across):
         yield
 
 

@@ -31,6 +31,7 @@ def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 2) -> RunCo
     }
     if layout.get("tensor", 1) == 8:
         shape |= {"heads": 8, "kv_heads": 2}
+    is_fast = layout.get("context_exchange") == "ring"
     return make_config(
         model={**shape, **model},
         train={
@@ -41,7 +42,7 @@ def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 2) -> RunCo
             "micro_batch": 2,
         },
         optimizer={"lr": 1e-3, "warmup_steps": 1, "block_elements": 64},
-        numerics={"fraction_bits": FRACTION_BITS},
+        numerics={"reduction": "fast"} if is_fast else {"fraction_bits": FRACTION_BITS},
         parallel=layout,
     )
 

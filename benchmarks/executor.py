@@ -26,6 +26,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from harness import Measurement, report
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.pipeline import Passage
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
 from holdfast.parallel.schedules import (
     Action,
@@ -81,16 +82,16 @@ class SleepingChunk:
         sleep_until(time.perf_counter() + units * self._forward_s)
         return self._output
 
-    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor:
+    def forward(self, passage: Passage, value: Tensor | None) -> Tensor:
         return self._sleep(1.0)
 
-    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor:
+    def backward(self, passage: Passage, grad_output: Tensor | None) -> Tensor:
         return self._sleep(2.0)
 
-    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor:
+    def backward_input(self, passage: Passage, grad_output: Tensor | None) -> Tensor:
         return self._sleep(1.0)
 
-    def backward_weight(self, micro_batch: int) -> None:
+    def backward_weight(self, passage: Passage) -> None:
         self._sleep(1.0)
 
 

@@ -9,8 +9,9 @@ would do it, with the same bits: exact-mode safe. In fast mode keys may go round
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from holdfast.parallel.context_parallel.attention import (
 )
 from holdfast.parallel.context_parallel.kernels import Attended
 from holdfast.parallel.context_parallel.ring import ring_attention
+from holdfast.parallel.context_parallel.stretches import stretch_attention
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Documents
 
@@ -49,6 +51,8 @@ class ContextParallel:
         value: Sequence[Tensor],
         slices: Slices,
         documents: Documents | None,
+        kept: dict[object, Any] | None = None,
+        name: object = None,
     ) -> list[Tensor]:
         """Attention of this rank's slices. Collective over the group.
 
@@ -58,6 +62,8 @@ class ContextParallel:
             key, value: likewise, with kv_heads. Where their number is no multiple of the number of
                 slices, each head gets a copy: so its gradients are added in one order, whatever
                 ranks the heads of a group lie on.
+            kept, name: for a stretch of sequences, what is kept between them, and the name under
+                which this attention keeps it.
         Returns:
             Of each own slice, float[micro_batch, heads, length, head_dim].
         """
@@ -70,11 +76,14 @@ class ContextParallel:
                 [_RepeatedHeads.apply(part, heads // kv_heads) for part in parts]
                 for parts in (key, value)
             )
+        attention = sliced_attention
+        if slices.only is not None and kept is not None:
+            attention = partial(stretch_attention, kept=kept, name=name)
         if self.group is None:
-            return sliced_attention(query, key, value, work)
+            return attention(query, key, value, work)
         if self.exchange == "keys":
             return list(_GatheredAttention.apply(work, self.group, *query, *key, *value))
-        return _by_heads(query, key, value, work, self.group)
+        return _by_heads(query, key, value, work, self.group, attention)
 
 
 class _RepeatedHeads(torch.autograd.Function):
@@ -102,6 +111,7 @@ def _by_heads(
     value: Sequence[Tensor],
     work: Work,
     group: Communicator,
+    attention: Callable[..., list[Tensor]],
 ) -> list[Tensor]:
     """Attention of all slices of this rank's part of the heads, between two exchanges."""
     size, slices = group.size, work.slices
@@ -115,7 +125,7 @@ def _by_heads(
     split = [part.split([heads, kv_heads, kv_heads], dim=1) for part in of_heads]
     q, k, v = zip(*split, strict=True)
     whole = Work(slices.whole(), work.documents, work.batch)
-    return list(_HeadsToSlices.apply(slices, group, *sliced_attention(q, k, v, whole)))
+    return list(_HeadsToSlices.apply(slices, group, *attention(q, k, v, whole)))
 
 
 def _to_heads(slices: Slices, group: Communicator, own: Sequence[Tensor]) -> list[Tensor]:
@@ -135,13 +145,14 @@ def _to_heads(slices: Slices, group: Communicator, own: Sequence[Tensor]) -> lis
     ]
     group.all_to_all(received, sent).wait()
     parts = [iter(part) for part in received]
-    return [next(parts[owner]) for owner in slices.owners]
+    return [next(parts[slices.owners[number]]) for number in slices.numbers]
 
 
 def _to_slices(slices: Slices, group: Communicator, of_heads: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `_to_heads`. Collective."""
     sent = [
-        torch.stack([of_heads[number] for number in slices.of(rank)]) for rank in range(group.size)
+        torch.stack([of_heads[slices.numbers.index(number)] for number in slices.of(rank)])
+        for rank in range(group.size)
     ]
     received = [torch.empty_like(sent[group.index]) for _ in range(group.size)]
     group.all_to_all(received, sent).wait()

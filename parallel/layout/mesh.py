@@ -83,7 +83,8 @@ class Mesh:
     """The parts of each layer along the tensor axis, of which each rank holds as many as the
     others; 1: one for each rank."""
     context_chunks: int = 1
-    """The slices of each sequence, a multiple of the context degree."""
+    """The slices of what passes the layers at once, a sequence or a stretch of it: a multiple of
+    the context degree."""
     sequence_parallel: bool = False
     """Whether the ranks of a tensor group have a share of each slice's tokens between layers."""
 

@@ -7,7 +7,7 @@ has one order, and sums between slices do not depend on the ranks that compute t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -21,6 +21,8 @@ class Slices:
     """The index in the context group of the rank that computes each slice."""
     index: int = 0
     """This rank's index in it."""
+    only: range | None = None
+    """The slices of the stretch that is computed; None: all of them."""
 
     @property
     def count(self) -> int:
@@ -32,9 +34,19 @@ class Slices:
         """The slices that this rank computes, ascending."""
         return self.of(self.index)
 
+    @property
+    def numbers(self) -> range:
+        """The slices that the ranks of the context group compute: all, or those of a stretch."""
+        return range(self.count) if self.only is None else self.only
+
     def of(self, index: int) -> tuple[int, ...]:
         """The slices that a rank of the context group computes, ascending."""
-        return tuple(number for number, owner in enumerate(self.owners) if owner == index)
+        return tuple(number for number in self.numbers if self.owners[number] == index)
+
+    def stretch(self, number: int, stretches: int) -> Slices:
+        """The same slices, of which one of so many equal stretches is computed."""
+        length = self.count // stretches
+        return replace(self, only=range(number * length, (number + 1) * length))
 
     def tokens(self, number: int) -> slice:
         """The places of a slice in its sequence."""
@@ -44,22 +56,24 @@ class Slices:
 
     def whole(self) -> Slices:
         """The same slices, all computed by one rank."""
-        return Slices(self.length, (0,) * self.count)
+        return Slices(self.length, (0,) * self.count, only=self.only)
 
 
-def slices_of(seq_len: int, count: int, ranks: int, index: int) -> Slices:
+def slices_of(seq_len: int, count: int, ranks: int, index: int, stretches: int = 1) -> Slices:
     """The slices of a run, `count` of each sequence, divided among the ranks of a context group.
 
     The later a slice, the more tokens it attends to. Where slices are at least twice as many as
-    ranks, each rank has as many of the last as of the first (Megatron's "zigzag").
+    ranks, each rank has as many of the last as of the first (Megatron's "zigzag"), of each stretch.
 
     Args:
-        count: a multiple of `ranks`.
+        count: a multiple of `ranks` times `stretches`.
         index: the rank's index in the group.
+        stretches: the equal parts of a sequence of which each is divided so.
     """
     if count == 1:
         return Slices()
-    return Slices(seq_len // count, tuple(_owners(count, ranks)), index)
+    owners = tuple(_owners(count // stretches, ranks)) * stretches
+    return Slices(seq_len // count, owners, index)
 
 
 def _owners(count: int, ranks: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ from .executor import (
 from .model_chunk import (
     Chunk as Chunk,
     MicroBatchContext as MicroBatchContext,
+    Passage as Passage,
     WeightGradientQueue as WeightGradientQueue,
 )
 from .runner import (

@@ -1,8 +1,8 @@
 """The executor: runs one rank's program of a step over its model chunks.
 
 It knows neither the schedule nor the model: actions come as data, chunks behind a protocol. Every
-message has its (direction, chunk, micro-batch) tag. Receives are posted ahead of their use, in the
-order in which the peer sends. Sends are waited for only at the end of the step.
+message has a tag: its direction, chunk, micro-batch and stretch. Receives are posted ahead of their
+use, in the order in which the peer sends. Sends are waited for only at the end of the step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from time import perf_counter
 from typing import Protocol
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from holdfast.parallel.comm import ACTIVATIONS, Communicator, Handle
 from holdfast.parallel.offload import Offloader, SavedOfProgram
-from holdfast.parallel.schedules import RECEIVES, SENDS, Action, Op, Program, matching_receive
+from holdfast.parallel.pipeline.model_chunk import Passage
+from holdfast.parallel.schedules import (
+    RECEIVES,
+    SENDS,
+    Action,
+    ActionKey,
+    Op,
+    Program,
+    matching_receive,
+)
 
 _POSTED_AHEAD = 4
 """Receives in flight beyond the one being waited for: enough to hide the rendezvous of a message,
@@ -28,27 +38,27 @@ few enough to keep their buffers small."""
 
 
 class ChunkRunner(Protocol):
-    """The operations of one model chunk; `micro_batch` is the step's global number."""
+    """The operations of one model chunk on `Passage`s of the step."""
 
-    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
+    def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
         """The chunk's output for its input (None for the first).
 
         The last chunk keeps its loss: None.
         """
         ...
 
-    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+    def backward(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
         """Compute input and weight gradients.
 
         Returns the input's gradient (None from the first chunk).
         """
         ...
 
-    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+    def backward_input(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
         """Compute and return the input's gradient only; `backward_weight` computes the others."""
         ...
 
-    def backward_weight(self, micro_batch: int) -> None: ...
+    def backward_weight(self, passage: Passage) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +113,17 @@ class _Posted:
     buffer: Tensor
 
 
-def message_tag(op: Op, chunk: int, micro_batch: int, micro_batches: int) -> int:
-    """The tag of the message for a receive action; unique within a step."""
-    direction = 0 if op is Op.RECEIVE_FORWARD else 1
-    return ACTIVATIONS.tag((chunk * micro_batches + micro_batch) * 2 + direction)
+def message_tag(receive: Action, micro_batches: int, stretches: int = 1) -> int:
+    """The tag of the message for a receive action; unique within a step.
+
+    Args:
+        micro_batches: those of the whole step, over all replicas.
+        stretches: those of a sequence.
+    """
+    direction = 0 if receive.op is Op.RECEIVE_FORWARD else 1
+    number = receive.chunk * micro_batches + receive.micro_batch
+    number = number * stretches + (receive.stretch or 0)
+    return ACTIVATIONS.tag(number * 2 + direction)
 
 
 def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> dict[Action, int]:
@@ -117,6 +134,10 @@ def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> 
         for place, send in enumerate(sends):
             order[matching_receive(send, peer)] = place
     return {a: order[a] for a in program if a.op in RECEIVES}
+
+
+def _at(chunk: int, passage: Passage) -> ActionKey:
+    return chunk, passage.micro_batch, passage.stretch
 
 
 class Executor:
@@ -130,6 +151,7 @@ class Executor:
         comm: Communicator,
         micro_batches: int,
         offloader: Offloader | None = None,
+        stretches: int = 1,
     ) -> None:
         """Nothing is run yet.
 
@@ -141,20 +163,21 @@ class Executor:
             micro_batches: the number of micro-batches of the whole step, over all replicas.
             offloader: stores the tensors that forward passes save until their backward passes;
                 None: none.
+            stretches: the parts in which a sequence passes the chunks.
         """
         self._chunks = chunks
         self._last_chunk = last_chunk
         self._message = message
         self._comm = comm
-        self._micro_batches = micro_batches
+        self._tag = partial(message_tag, micro_batches=micro_batches, stretches=stretches)
         self._offloader = offloader
-        self._awaiting_weight_gradient: set[tuple[int, int]] = set()
-        """(chunk, micro-batch) pairs whose input gradient alone has been computed."""
+        self._awaiting_weight_gradient: dict[ActionKey, None] = {}
+        """What has passed its chunk with its input gradient alone, in order."""
 
     def run_weight_parts(self) -> None:
         """Compute the weight gradients that an interrupted step left; they need no message."""
-        for chunk, micro_batch in sorted(self._awaiting_weight_gradient):
-            self._chunks[chunk].backward_weight(micro_batch)
+        for chunk, micro_batch, stretch in self._awaiting_weight_gradient:
+            self._chunks[chunk].backward_weight(Passage(micro_batch, stretch))
         self._awaiting_weight_gradient.clear()
 
     def run(self, program: Program, order: Mapping[Action, int] | None = None) -> ActionTimes:
@@ -181,50 +204,50 @@ class Executor:
         self._awaiting_weight_gradient.clear()
         times = ActionTimes()
         note = (times.actions.append, times.starts_s.append, times.stops_s.append)
-        values: dict[tuple[int, int], Tensor | None] = {}
-        gradients: dict[tuple[int, int], Tensor | None] = {}
-        sends: dict[tuple[Op, int, int], list[Handle]] = defaultdict(list)
-        last_send = {(a.op, a.chunk, a.micro_batch): a for a in program if a.op in SENDS}
+        values: dict[ActionKey, Tensor | None] = {}
+        gradients: dict[ActionKey, Tensor | None] = {}
+        sends: dict[tuple[Op, ActionKey], list[Handle]] = defaultdict(list)
+        last_send = {(a.op, a.key): a for a in program if a.op in SENDS}
         receives = _Receives(program, order, self)
         chunks, last = self._chunks, self._last_chunk
         saved = SavedOfProgram.of(program, self._offloader)
         for action in program:
-            op, chunk, micro_batch = action.op, action.chunk, action.micro_batch
-            key = (chunk, micro_batch)
+            op, key = action.op, action.key
+            chunk, passage = action.chunk, Passage(action.micro_batch, action.stretch)
             start = perf_counter()
             if op is Op.FORWARD:
                 value = values.pop(key, None)
                 with saved.forward(key):
-                    output = chunks[chunk].forward(micro_batch, value)
+                    output = chunks[chunk].forward(passage, value)
                 if chunk != last:
-                    values[(chunk + 1, micro_batch)] = output
+                    values[_at(chunk + 1, passage)] = output
                 del value, output  # what waits for its backward pass may leave memory
             elif op is Op.BACKWARD or op is Op.BACKWARD_INPUT:
                 saved.backward(key)
                 runner = chunks[chunk]
                 run = runner.backward if op is Op.BACKWARD else runner.backward_input
-                gradient = run(micro_batch, gradients.pop(key, None))
+                gradient = run(passage, gradients.pop(key, None))
                 if op is Op.BACKWARD_INPUT:
-                    self._awaiting_weight_gradient.add(key)
+                    self._awaiting_weight_gradient[key] = None
                 if chunk != 0:
-                    gradients[(chunk - 1, micro_batch)] = gradient
+                    gradients[_at(chunk - 1, passage)] = gradient
                 del gradient
             elif op is Op.BACKWARD_WEIGHT:
-                chunks[chunk].backward_weight(micro_batch)
-                self._awaiting_weight_gradient.discard(key)
+                chunks[chunk].backward_weight(passage)
+                self._awaiting_weight_gradient.pop(key, None)
             elif op is Op.RECEIVE_FORWARD:
                 values[key] = self._received(action, values.get(key), receives)
             elif op is Op.RECEIVE_BACKWARD:
                 gradients[key] = self._received(action, gradients.get(key), receives)
                 # Peers that answer have long received the earlier sends: this frees them and does
                 # not block.
-                for handle in sends.pop((Op.SEND_FORWARD, *key), ()):
+                for handle in sends.pop((Op.SEND_FORWARD, key), ()):
                     handle.wait()
             else:
                 found, at = (values, 1) if op is Op.SEND_FORWARD else (gradients, -1)
-                place = chunk + at, micro_batch
-                sends[(op, *key)].append(self._send(action, found[place]))
-                if last_send[(op, *key)] is action:
+                place = _at(chunk + at, passage)
+                sends[(op, key)].append(self._send(action, found[place]))
+                if last_send[(op, key)] is action:
                     del found[place]
                 receives.post_ahead()
             note[0](action)
@@ -238,8 +261,7 @@ class Executor:
     def _send(self, action: Action, tensor: Tensor | None) -> Handle:
         assert tensor is not None
         assert action.peer is not None
-        received = matching_receive(action, action.peer)
-        tag = message_tag(received.op, received.chunk, received.micro_batch, self._micro_batches)
+        tag = self._tag(matching_receive(action, action.peer))
         message = self._message.cut(tensor.detach(), action.peer).contiguous()
         return self._comm.send(message, action.peer, tag)
 
@@ -252,8 +274,7 @@ class Executor:
         """Begin to receive the message of `action`."""
         assert action.peer is not None
         buffer = self._message.buffer(action.peer)
-        tag = message_tag(action.op, action.chunk, action.micro_batch, self._micro_batches)
-        return _Posted(self._comm.receive(buffer, action.peer, tag), buffer)
+        return _Posted(self._comm.receive(buffer, action.peer, self._tag(action)), buffer)
 
 
 class _Receives:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -13,9 +13,18 @@ from holdfast.parallel.layout import HeldRow, Slices
 from holdfast.parallel.pipeline.batch import Batch
 
 
+class Passage(NamedTuple):
+    """What passes a chunk at once."""
+
+    micro_batch: int
+    """The step's global number, whatever rank computes it."""
+    stretch: int | None = None
+    """Which of the equal parts of its sequences; None: all of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatchContext:
-    """The properties of the micro-batch that a chunk computes."""
+    """The properties of the micro-batch that a chunk computes, or of a stretch of it."""
 
     step: int
     micro_batch: int
@@ -27,6 +36,8 @@ class MicroBatchContext:
     """The derivative of the step's loss by a token's loss: 1 / the tokens that a step predicts."""
     slices: Slices = field(default_factory=Slices)
     """The slices of its sequences, of which the pass computes this rank's own."""
+    kept: dict[object, Any] = field(default_factory=dict)
+    """What a module keeps for other stretches of the micro-batch, by itself."""
 
 
 class GradientSink(Protocol):

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from holdfast.parallel.pipeline.model_chunk import Chunk, MicroBatchContext, WeightGradientRecord
+from holdfast.parallel.pipeline.model_chunk import (
+    Chunk,
+    MicroBatchContext,
+    Passage,
+    WeightGradientRecord,
+)
 
 
 @dataclass(slots=True)
@@ -56,14 +61,14 @@ class ModelChunkRunner:
         chunk: Chunk,
         *,
         is_last: bool,
-        context: Callable[[int], MicroBatchContext],
+        context: Callable[[Passage], MicroBatchContext],
         before_gradients: Callable[[int], None] = lambda micro_batch: None,
     ) -> None:
         """Local.
 
         Args:
-            context: returns a micro-batch's context for the running step.
-            before_gradients: called with the micro-batch before its gradients are computed.
+            context: returns a passage's context in the running step.
+            before_gradients: called with the micro-batch before gradients of it are computed.
         """
         self.chunk = chunk
         self._is_last = is_last
@@ -72,25 +77,26 @@ class ModelChunkRunner:
         self._before_gradients = before_gradients
         self._loss_gradient = torch.ones((), dtype=torch.float64, device=device)
         self._root = torch.empty(0, device=device, requires_grad=True)
-        self._gradients: dict[int, _InputGradient] = {}
-        self._edges: dict[int, GradientEdge] = {}
-        self._deferred: dict[int, list[WeightGradientRecord]] = {}
-        self.losses: dict[int, Tensor] = {}
-        """Last chunk: each micro-batch's sum of token losses, a float64 scalar or one a slice."""
+        self._gradients: dict[Passage, _InputGradient] = {}
+        self._edges: dict[Passage, GradientEdge] = {}
+        self._deferred: dict[Passage, list[WeightGradientRecord]] = {}
+        self.losses: dict[Passage, Tensor] = {}
+        """Last chunk: the sum of token losses of what has passed it, a float64 scalar or one for
+        each slice."""
 
-    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
-        context = self._context(micro_batch)
+    def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
+        context = self._context(passage)
         gradient = _InputGradient()
         if value is not None and context.training:
             value = _ChunkInput.apply(self._root, [value.detach()], gradient)
         with torch.set_grad_enabled(context.training):
             output = self.chunk(value, context)
         if context.training:
-            self._gradients[micro_batch] = gradient
-            self._edges[micro_batch] = get_gradient_edge(output)
+            self._gradients[passage] = gradient
+            self._edges[passage] = get_gradient_edge(output)
         if self._is_last:
             self._loss_gradient.fill_(context.loss_gradient)
-            self.losses[micro_batch] = output.detach()
+            self.losses[passage] = output.detach()
             return None
         return output.detach()
 
@@ -99,21 +105,21 @@ class ModelChunkRunner:
         for kept in (self._gradients, self._edges, self._deferred, self.losses):
             kept.clear()
 
-    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+    def backward_input(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
         with self.chunk.queue.deferred() as kept:
-            gradient = self.backward(micro_batch, grad_output)
-        self._deferred[micro_batch] = kept
+            gradient = self.backward(passage, grad_output)
+        self._deferred[passage] = kept
         return gradient
 
-    def backward_weight(self, micro_batch: int) -> None:
-        self._before_gradients(micro_batch)
-        self.chunk.queue.run(self._deferred.pop(micro_batch))
+    def backward_weight(self, passage: Passage) -> None:
+        self._before_gradients(passage.micro_batch)
+        self.chunk.queue.run(self._deferred.pop(passage))
 
-    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        self._before_gradients(micro_batch)
-        gradient = self._gradients.pop(micro_batch)
-        edge = self._edges.pop(micro_batch)
+    def backward(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
+        self._before_gradients(passage.micro_batch)
+        gradient = self._gradients.pop(passage)
+        edge = self._edges.pop(passage)
         if grad_output is None:
-            grad_output = self._loss_gradient.expand(self.losses[micro_batch].shape)
+            grad_output = self._loss_gradient.expand(self.losses[passage].shape)
         torch.autograd.backward(edge, grad_output)
         return gradient.value

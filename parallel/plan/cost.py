@@ -54,9 +54,13 @@ def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], floa
         / plan.configured_mesh.shards
         for chunk in range(len(plan.placement))
     ]
-    return lambda action: (
-        chunk_flops[action.chunk] * _BACKWARD_SHARE.get(action.op, 0.0) / flops_per_s
-    )
+
+    def cost(action: Action) -> float:
+        parts = 1 if action.stretch is None else plan.stretches
+        whole = chunk_flops[action.chunk] * _BACKWARD_SHARE.get(action.op, 0.0)
+        return whole / parts / flops_per_s
+
+    return cost
 
 
 def replica_timeline(
@@ -86,7 +90,7 @@ def replica_timeline(
 def _message_bytes(plan: Plan, send: Action) -> int:
     """The bytes of a send: its chunk's output, or the gradient of its input."""
     producer = send.chunk if send.op is Op.SEND_FORWARD else send.chunk - 1
-    return plan.layers[plan.layers_of(producer)[-1]].output_bytes
+    return plan.layers[plan.layers_of(producer)[-1]].output_bytes // plan.stretches
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,8 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
         chunk: share * plan.activation_bytes(plan.chunk_layers[chunk])
         for chunk in plan.chunks_of(rank)
     }
-    return int(peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__))
+    peak = peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__)
+    return int(peak / plan.stretches)
 
 
 def held_elements(plan: Plan, rank: int) -> int:

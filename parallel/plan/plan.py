@@ -35,7 +35,7 @@ parameters as well."""
 _PLACES = frozenset({"stage_replicas", "configured_mesh"})
 _HOLDING = _PLACES | {"layers", "block_elements", "placement", "chunk_layers"}
 _SHARING = _PLACES | {"shard", "shard_group"}
-_PROGRAM = frozenset({"schedule", "virtual", "stage_replicas"})
+_PROGRAM = frozenset({"schedule", "virtual", "stretches", "stage_replicas"})
 DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "blocks": frozenset({"layers", "block_elements"}),
     "even owners": _HOLDING,
@@ -91,6 +91,8 @@ class Plan:
     activation_headroom: float = 0.3
     """The additional memory for activations that a rank may use if stages differ, as a share of the
     fullest rank's in the configured mesh."""
+    stretches: int = 1
+    """The equal parts of each sequence that pass the chunks one after another."""
     shard: Shard = "optimizer"
     shard_group: int = 0
     """The ranks over which `shard` is done, at least; 0: all replicas of a stage."""

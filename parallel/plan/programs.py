@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from holdfast.parallel.layout import Coordinates, boundary_routes
 from holdfast.parallel.plan.plan import Plan
@@ -20,18 +21,18 @@ from holdfast.parallel.plan.rerouting import (
 )
 from holdfast.parallel.schedules import (
     SENDS,
-    Action,
     Op,
     PeersOf,
     Program,
     compute_programs,
     forward_only,
+    in_stretches,
     peak_in_flight,
     program_with_messages,
 )
 
-_Generator = Callable[[str, int, int, int], tuple[Program, ...]]
-"""(schedule, pipeline, virtual, micro-batches) -> compute actions by pipeline index."""
+_Generator = Callable[[str, int, int, int, int], tuple[Program, ...]]
+"""(schedule, pipeline, virtual, micro-batches, stretches) -> compute actions by pipeline index."""
 
 
 def training_program(plan: Plan, rank: int, only: frozenset[int] | None = None) -> Program:
@@ -61,7 +62,7 @@ def _program(
     if plan.is_regular and only is None:
         numbers = plan.micro_batches[at.data]
         local = _regular_programs(plan, kind, generate, len(numbers))
-        named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
+        named = tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local[at.pipeline])
     else:
         named = _rerouted(plan, kind, at, only, generate)
     return program_with_messages(named, _peers_of(plan, rank, at), chunks=len(plan.placement))
@@ -104,7 +105,13 @@ def _regular_programs(
     return plan.derived(
         "regular programs",
         (kind, micro_batches),
-        lambda: generate(plan.schedule, plan.stage_replicas.pipeline, plan.virtual, micro_batches),
+        lambda: generate(
+            plan.schedule,
+            plan.stage_replicas.pipeline,
+            plan.virtual,
+            micro_batches,
+            plan.stretches,
+        ),
     )
 
 
@@ -138,7 +145,8 @@ def _rerouted(
     pairs = len(plan.placement) * sum(map(len, by_replica))
     if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
         programs = plan.derived("scheduled programs", only, lambda: _scheduled(plan, by_replica))
-        return programs.get(at.pipeline * plan.stage_replicas.widest + at.data, ())
+        program = programs.get(at.pipeline * plan.stage_replicas.widest + at.data, ())
+        return in_stretches(program, plan.stretches)
     places = plan.derived(
         "row places",
         None,
@@ -153,6 +161,7 @@ def _rerouted(
                 plan.stage_replicas.pipeline,
                 plan.virtual,
                 max(map(len, plan.micro_batches)),
+                plan.stretches,
             )
         ),
     )
@@ -206,11 +215,9 @@ def _caps(plan: Plan) -> tuple[int, ...]:
     """
     regular = list(map(plan.activation_bytes, plan.configured_layers))
     longest = -(-sum(map(len, plan.micro_batches)) // plan.configured_mesh.data)
-    fullest = max(
-        peak_in_flight(program, size=regular.__getitem__)
-        for program in compute_programs(
-            plan.schedule, plan.configured_mesh.pipeline, plan.virtual, longest
-        )
+    programs = compute_programs(
+        plan.schedule, plan.configured_mesh.pipeline, plan.virtual, longest, plan.stretches
     )
+    fullest = max(peak_in_flight(p, size=regular.__getitem__) for p in programs) / plan.stretches
     most = (1 + plan.activation_headroom) * fullest
     return stage_caps(plan.placement, list(map(plan.activation_bytes, plan.chunk_layers)), most)

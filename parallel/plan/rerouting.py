@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from holdfast.parallel.schedules import (
     Action,
@@ -24,21 +25,19 @@ SCHEDULED_PAIRS = 8192
 _THOROUGH_PAIRS = 1024
 """The chunks times micro-batches up to which all rules of the list scheduler are tried."""
 
-RegularTimeline = tuple[Mapping[int, Sequence[tuple[float, int, Op, int]]], ...]
-"""By stage and index in the pipeline: actions as (start in the regular schedule, order, op,
-chunk)."""
+RegularTimeline = tuple[Mapping[int, Sequence[tuple[float, int, Action]]], ...]
+"""By stage and index in the pipeline: actions as (start in the regular schedule, order, action)."""
 
 
 def regular_timeline(programs: Sequence[Program]) -> RegularTimeline:
     """The time of each action in a replica that computes all its micro-batches itself."""
     timeline = simulate(dict(enumerate(programs)), unit_cost())
-    found: list[dict[int, list[tuple[float, int, Op, int]]]] = []
+    found: list[dict[int, list[tuple[float, int, Action]]]] = []
     for stage in range(len(programs)):
-        by_number: dict[int, list[tuple[float, int, Op, int]]] = {}
+        by_number: dict[int, list[tuple[float, int, Action]]] = {}
         for order, span in enumerate(timeline.spans.get(stage, ())):
-            action = span.action
-            entry = (span.start, order, action.op, action.chunk)
-            by_number.setdefault(action.micro_batch, []).append(entry)
+            entry = (span.start, order, span.action)
+            by_number.setdefault(span.action.micro_batch, []).append(entry)
         found.append(by_number)
     return tuple(found)
 
@@ -58,11 +57,14 @@ def merged_program(
         places: the position of each micro-batch among those of its replica.
     """
     found = [
-        (start, number, order, op, chunk)
+        (start, number, order, action)
         for number in numbers
-        for start, order, op, chunk in timeline[stage][places[number]]
+        for start, order, action in timeline[stage][places[number]]
     ]
-    return tuple(Action(op, chunk, number) for _, number, _, op, chunk in sorted(found))
+    return tuple(
+        replace(action, micro_batch=number)
+        for _, number, _, action in sorted(found, key=lambda entry: entry[:3])
+    )
 
 
 def stage_caps(

@@ -3,6 +3,7 @@ from .actions import (
     RECEIVES as RECEIVES,
     SENDS as SENDS,
     Action as Action,
+    ActionKey as ActionKey,
     Op as Op,
     Program as Program,
     parse_programs as parse_programs,
@@ -24,6 +25,9 @@ from .messages import (
     matching_receive as matching_receive,
     program_with_messages as program_with_messages,
     with_messages as with_messages,
+)
+from .orders import (
+    in_stretches as in_stretches,
 )
 from .registry import (
     SCHEDULES as SCHEDULES,

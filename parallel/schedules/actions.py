@@ -38,21 +38,39 @@ RECEIVED_AS = {Op.SEND_FORWARD: Op.RECEIVE_FORWARD, Op.SEND_BACKWARD: Op.RECEIVE
 SENDS = frozenset(RECEIVED_AS)
 RECEIVES = frozenset(RECEIVED_AS.values())
 
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)(?:([<>])(\d+))?")
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)(?:\.(\d+))?(?:([<>])(\d+))?")
+
+ActionKey = tuple[int, int, int | None]
+"""Chunk, micro-batch and stretch: what passes a chunk at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One action: `2F0` is chunk 2's forward for micro-batch 0, `2SEND_F0>1` sends it to rank 1."""
+    """One action: `2F0` is chunk 2's forward for micro-batch 0, `2SEND_F0>1` sends it to rank 1.
+
+    `2F0.3` is that of stretch 3 of micro-batch 0.
+    """
 
     op: Op
     chunk: int
     micro_batch: int
     peer: int | None = None
     """The rank at the other end; None for compute actions."""
+    stretch: int | None = None
+    """Which of the equal parts of its sequences; None: they pass the chunks as a whole."""
+
+    @property
+    def key(self) -> ActionKey:
+        """What passes the chunk."""
+        return self.chunk, self.micro_batch, self.stretch
+
+    @property
+    def passage(self) -> str:
+        """What passes the chunk, but for the chunk: the micro-batch, or a stretch of it."""
+        return f"{self.micro_batch}" + ("" if self.stretch is None else f".{self.stretch}")
 
     def __str__(self) -> str:
-        text = f"{self.chunk}{self.op.value}{self.micro_batch}"
+        text = f"{self.chunk}{self.op.value}{self.passage}"
         if self.peer is None:
             return text
         return f"{text}{'<' if self.op in RECEIVES else '>'}{self.peer}"
@@ -70,13 +88,14 @@ class Action:
                 f"cannot read the action {text!r}; "
                 "write [chunk][op][micro-batch], e.g. 2F0, 2SEND_F0>1 or 2RECV_F0<1"
             )
-        chunk, op_text, micro_batch, arrow, peer = match.groups()
+        chunk, op_text, micro_batch, stretch, arrow, peer = match.groups()
         op = Op(op_text)
         expected = None if op in COMPUTE else ("<" if op in RECEIVES else ">")
         if arrow != expected:
             wanted = "no peer" if expected is None else f"'{expected}RANK' at its end"
             raise ScheduleError(f"cannot read the action {text!r}; {op.value} takes {wanted}")
-        return cls(op, int(chunk), int(micro_batch), None if peer is None else int(peer))
+        peer, stretch = (None if text is None else int(text) for text in (peer, stretch))
+        return cls(op, int(chunk), int(micro_batch), peer, stretch)
 
 
 Program = tuple[Action, ...]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise, product
 
 from holdfast.parallel.errors import ScheduleError
 from holdfast.parallel.schedules.actions import (
@@ -18,7 +18,8 @@ from holdfast.parallel.schedules.simulator import simulate
 
 _Place = tuple[int, int]
 """Rank and position in its program."""
-_Places = Mapping[tuple[Op, int, int], _Place]
+_Places = Mapping[tuple[Op, int, str], _Place]
+"""By kind of action, chunk and `Action.passage`."""
 
 
 def check_programs(
@@ -26,6 +27,7 @@ def check_programs(
     chunks: int,
     micro_batches: Collection[int],
     *,
+    stretches: int = 1,
     forward_only: bool = False,
     cap: Mapping[int, int] | int | None = None,
 ) -> None:
@@ -34,13 +36,15 @@ def check_programs(
     The check proves the following. Every micro-batch passes every chunk forward once and, after its
     forward and on the same rank, backward once (B, or I then W), in chunk order. Every value that
     crosses ranks has exactly one send after it is made and one receive before it is used, each
-    naming the other's rank. Nothing else is sent. The programs end when receives block and sends do
-    not.
+    naming the other's rank. Nothing else is sent. The stretches of a micro-batch go forward through
+    a chunk in their order on one rank, and backward in the reverse. The programs end when receives
+    block and sends do not.
 
     Args:
         programs: the programs by rank.
         chunks: the number of chunks of the whole model.
         micro_batches: the ids that the programs compute.
+        stretches: the parts in which sequences pass the chunks.
         forward_only: whether the programs are for evaluation and have no backward.
         cap: the most chunk activations that a rank may keep until their B or W, for all ranks or by
             rank.
@@ -48,19 +52,23 @@ def check_programs(
         ScheduleError: a check fails; the message names the rank, the position and the action of the
             first problem.
     """
-    places = _index(programs, chunks, frozenset(micro_batches), forward_only)
-    pairs = [(chunk, m) for chunk in range(chunks) for m in micro_batches]
-    for chunk, micro_batch in pairs:
-        _check_compute(places, chunk, micro_batch, forward_only)
+    of_each = [""] if stretches == 1 else [f".{stretch}" for stretch in range(stretches)]
+    passages = [f"{micro_batch}{part}" for micro_batch in micro_batches for part in of_each]
+    places = _index(programs, chunks, frozenset(passages), forward_only)
+    pairs = [(chunk, passage) for chunk in range(chunks) for passage in passages]
+    for chunk, passage in pairs:
+        _check_compute(places, chunk, passage, forward_only)
+    for chunk, micro_batch in product(range(chunks), micro_batches):
+        _check_stretches(places, chunk, [f"{micro_batch}{part}" for part in of_each], forward_only)
     for rank, program in programs.items():
         for position, action in enumerate(program):
             if action.op not in COMPUTE:
                 _check_address(places, rank, position, action)
-    for chunk, micro_batch in pairs:
+    for chunk, passage in pairs:
         if chunk > 0:
-            _check_flow(places, Op.FORWARD, chunk - 1, chunk, micro_batch)
+            _check_flow(places, Op.FORWARD, chunk - 1, chunk, passage)
             if not forward_only:
-                _check_flow(places, Op.BACKWARD, chunk, chunk - 1, micro_batch)
+                _check_flow(places, Op.BACKWARD, chunk, chunk - 1, passage)
     simulate(programs, lambda action: 1.0)
     for rank, program in programs.items():
         limit = cap.get(rank) if isinstance(cap, Mapping) else cap
@@ -73,17 +81,17 @@ def check_programs(
 
 
 def _index(
-    programs: Mapping[int, Program], chunks: int, known: frozenset[int], forward_only: bool
-) -> dict[tuple[Op, int, int], _Place]:
+    programs: Mapping[int, Program], chunks: int, known: frozenset[str], forward_only: bool
+) -> dict[tuple[Op, int, str], _Place]:
     """The place of each action; every action is in range and occurs once."""
-    places: dict[tuple[Op, int, int], _Place] = {}
+    places: dict[tuple[Op, int, str], _Place] = {}
     for rank, program in programs.items():
         for position, action in enumerate(program):
-            key = (action.op, action.chunk, action.micro_batch)
+            key = (action.op, action.chunk, action.passage)
             if not 0 <= action.chunk < chunks:
                 wrong = f"there is no such chunk, chunks are 0..{chunks - 1}"
-            elif action.micro_batch not in known:
-                wrong = "this micro-batch is not one of the step's"
+            elif action.passage not in known:
+                wrong = "this is no micro-batch of the step, or stretch of one"
             elif (action.peer is None) != (action.op in COMPUTE):
                 wrong = "messages need a peer, and compute actions have none"
             elif forward_only and action.op not in _FORWARD_OPS:
@@ -100,25 +108,25 @@ def _index(
 _FORWARD_OPS = frozenset({Op.FORWARD, Op.SEND_FORWARD, Op.RECEIVE_FORWARD})
 
 
-def _check_compute(places: _Places, chunk: int, micro_batch: int, forward_only: bool) -> None:
+def _check_compute(places: _Places, chunk: int, passage: str, forward_only: bool) -> None:
     """Check for one forward, then one backward on the same rank."""
-    forward = places.get((Op.FORWARD, chunk, micro_batch))
+    forward = places.get((Op.FORWARD, chunk, passage))
     if forward is None:
-        raise ScheduleError(f"no rank computes {chunk}F{micro_batch}")
+        raise ScheduleError(f"no rank computes {_name(Op.FORWARD, chunk, passage)}")
     if forward_only:
         return
     whole, split, weight = (
-        places.get((op, chunk, micro_batch))
+        places.get((op, chunk, passage))
         for op in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     )
     for extra, op in ((split, Op.BACKWARD_INPUT), (weight, Op.BACKWARD_WEIGHT)):
         if whole is not None and extra is not None:
-            again = _at(extra, Action(op, chunk, micro_batch))
+            again = _at(extra, _name(op, chunk, passage))
             raise ScheduleError(f"{again}: the whole backward is there too, at {_where(whole)}")
     if whole is None and (split is None or weight is None):
         missing = "B" if split is None and weight is None else "I" if split is None else "W"
         raise ScheduleError(
-            f"no rank computes {chunk}{missing}{micro_batch}, whose forward is at {_where(forward)}"
+            f"no rank computes {chunk}{missing}{passage}, whose forward is at {_where(forward)}"
         )
     place = whole if split is None else split
     assert place is not None
@@ -131,17 +139,44 @@ def _check_compute(places: _Places, chunk: int, micro_batch: int, forward_only: 
     for (first, before), (second, after) in pairwise(sequence):
         if after[0] != before[0]:
             raise ScheduleError(
-                f"{_at(after, Action(second, chunk, micro_batch))}: "
-                f"{Action(first, chunk, micro_batch)} is on another rank, at {_where(before)}"
+                f"{_at(after, _name(second, chunk, passage))}: "
+                f"{_name(first, chunk, passage)} is on another rank, at {_where(before)}"
             )
-        _check_order((first, chunk), before, (second, chunk), after, micro_batch)
+        _check_order((first, chunk), before, (second, chunk), after, passage)
+
+
+def _check_stretches(
+    places: _Places, chunk: int, passages: Sequence[str], forward_only: bool
+) -> None:
+    """Check that the stretches of a micro-batch pass a chunk in order, on one rank."""
+    for before, after in pairwise(passages):
+        forwards = [_computed(places, Op.FORWARD, chunk, passage) for passage in (before, after)]
+        _check_in_turn(chunk, (before, *forwards[0]), (after, *forwards[1]))
+        if not forward_only:
+            backwards = [
+                _computed(places, Op.BACKWARD, chunk, passage) for passage in (after, before)
+            ]
+            _check_in_turn(chunk, (after, *backwards[0]), (before, *backwards[1]))
+
+
+def _check_in_turn(
+    chunk: int, first: tuple[str, Op, _Place], second: tuple[str, Op, _Place]
+) -> None:
+    """Check that two stretches pass a chunk on one rank, the first before the second."""
+    (passage, op, before), (next_passage, next_op, after) = first, second
+    if before[0] != after[0] or before[1] > after[1]:
+        raise ScheduleError(
+            f"{_at(after, _name(next_op, chunk, next_passage))}: "
+            f"{_name(op, chunk, passage)} must come before it on the same rank; it is at "
+            f"{_where(before)}"
+        )
 
 
 def _check_address(places: _Places, rank: int, position: int, action: Action) -> None:
     """Check that a message goes between the ranks of its two chunks, and that these differ."""
     neighbour = action.chunk + (1 if action.op in (Op.SEND_FORWARD, Op.RECEIVE_BACKWARD) else -1)
-    own = places[Op.FORWARD, action.chunk, action.micro_batch][0]
-    other = places.get((Op.FORWARD, neighbour, action.micro_batch))
+    own = places[Op.FORWARD, action.chunk, action.passage][0]
+    other = places.get((Op.FORWARD, neighbour, action.passage))
     if other is None:
         wrong = f"there is no chunk {neighbour} to exchange it with"
     elif own != rank:
@@ -149,60 +184,64 @@ def _check_address(places: _Places, rank: int, position: int, action: Action) ->
     elif other[0] == rank:
         wrong = "both chunks are on this rank and need no message"
     elif other[0] != action.peer:
-        wrong = f"the peer must be rank {other[0]}, which computes {neighbour}F{action.micro_batch}"
+        wrong = f"the peer must be rank {other[0]}, which computes {neighbour}F{action.passage}"
     else:
         return
     raise ScheduleError(f"{_at((rank, position), action)}: {wrong}")
 
 
-def _check_flow(places: _Places, direction: Op, source: int, target: int, micro_batch: int) -> None:
+def _check_flow(places: _Places, direction: Op, source: int, target: int, passage: str) -> None:
     """Check that a value is made, sent, received and used, in this order."""
-    made_op, made = _computed(places, direction, source, micro_batch)
-    used_op, used = _computed(places, direction, target, micro_batch)
+    made_op, made = _computed(places, direction, source, passage)
+    used_op, used = _computed(places, direction, target, passage)
     if made[0] == used[0]:
-        _check_order((made_op, source), made, (used_op, target), used, micro_batch)
+        _check_order((made_op, source), made, (used_op, target), used, passage)
         return
     send = Op.SEND_FORWARD if direction is Op.FORWARD else Op.SEND_BACKWARD
     receive = RECEIVED_AS[send]
-    sent = places.get((send, source, micro_batch))
-    received = places.get((receive, target, micro_batch))
+    sent = places.get((send, source, passage))
+    received = places.get((receive, target, passage))
     for place, op, chunk, near_op, near in (
         (sent, send, source, made_op, made),
         (received, receive, target, used_op, used),
     ):
         if place is None:
             raise ScheduleError(
-                f"{_at(near, Action(near_op, chunk, micro_batch))}: its "
-                f"{Action(op, chunk, micro_batch)} is missing, though the neighbouring chunk is on "
+                f"{_at(near, _name(near_op, chunk, passage))}: its "
+                f"{_name(op, chunk, passage)} is missing, though the neighbouring chunk is on "
                 "another rank"
             )
     assert sent is not None
     assert received is not None
-    _check_order((made_op, source), made, (send, source), sent, micro_batch)
-    _check_order((receive, target), received, (used_op, target), used, micro_batch)
+    _check_order((made_op, source), made, (send, source), sent, passage)
+    _check_order((receive, target), received, (used_op, target), used, passage)
 
 
 def _check_order(
-    first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, micro_batch: int
+    first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, passage: str
 ) -> None:
     """Check that two actions of one rank, given as (op, chunk), come in this order."""
     if before[1] > after[1]:
         raise ScheduleError(
-            f"{_at(after, Action(*second, micro_batch))}: comes before "
-            f"{Action(*first, micro_batch)} at {_where(before)}, which it needs"
+            f"{_at(after, _name(*second, passage))}: comes before "
+            f"{_name(*first, passage)} at {_where(before)}, which it needs"
         )
 
 
-def _computed(places: _Places, direction: Op, chunk: int, micro_batch: int) -> tuple[Op, _Place]:
-    place = places.get((direction, chunk, micro_batch))
+def _computed(places: _Places, direction: Op, chunk: int, passage: str) -> tuple[Op, _Place]:
+    place = places.get((direction, chunk, passage))
     if place is not None:
         return direction, place
-    return Op.BACKWARD_INPUT, places[Op.BACKWARD_INPUT, chunk, micro_batch]
+    return Op.BACKWARD_INPUT, places[Op.BACKWARD_INPUT, chunk, passage]
 
 
 def _where(place: _Place) -> str:
     return f"rank {place[0]}, position {place[1]}"
 
 
-def _at(place: _Place, action: Action) -> str:
+def _name(op: Op, chunk: int, passage: str) -> str:
+    return f"{chunk}{op.value}{passage}"
+
+
+def _at(place: _Place, action: Action | str) -> str:
     return f"{_where(place)}, {action}"

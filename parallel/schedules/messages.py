@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from holdfast.parallel.schedules.actions import Action, Op, Program
 
@@ -59,7 +60,7 @@ def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -
         if not 0 <= neighbour < chunks:
             return []
         peers = peers_of(op, neighbour, action.micro_batch)
-        return [Action(op, action.chunk, action.micro_batch, peer) for peer in peers]
+        return [replace(action, op=op, peer=peer) for peer in peers]
 
     complete: list[Action] = []
     for action in program:
@@ -87,5 +88,5 @@ def owners(programs: Mapping[int, Program]) -> dict[tuple[int, int], int]:
 def matching_receive(send: Action, sender: int) -> Action:
     """The receive at the other end: the output of chunk c is the input of chunk c + 1."""
     if send.op is Op.SEND_FORWARD:
-        return Action(Op.RECEIVE_FORWARD, send.chunk + 1, send.micro_batch, sender)
-    return Action(Op.RECEIVE_BACKWARD, send.chunk - 1, send.micro_batch, sender)
+        return replace(send, op=Op.RECEIVE_FORWARD, chunk=send.chunk + 1, peer=sender)
+    return replace(send, op=Op.RECEIVE_BACKWARD, chunk=send.chunk - 1, peer=sender)

@@ -21,6 +21,7 @@ from holdfast.parallel.schedules.orders import (
     INTERLEAVED,
     ONE_FORWARD_ONE_BACKWARD,
     forward_sequence,
+    in_stretches,
 )
 from holdfast.parallel.schedules.schedule import Schedule
 from holdfast.parallel.schedules.zero_bubble import ZB_H1, ZB_V
@@ -49,7 +50,7 @@ def placement(schedule: str, pipeline: int, virtual: int) -> tuple[int, ...]:
 
 
 def compute_programs(
-    schedule: str, pipeline: int, virtual: int, micro_batches: int
+    schedule: str, pipeline: int, virtual: int, micro_batches: int, stretches: int = 1
 ) -> tuple[Program, ...]:
     """The compute actions of each pipeline index, without messages.
 
@@ -57,6 +58,7 @@ def compute_programs(
         schedule, pipeline, virtual: as for `placement`.
         micro_batches: the number of micro-batches of one replica, 1 or more; actions name them 0 to
             micro_batches - 1.
+        stretches: the equal parts in which a sequence passes the chunks, 1 or more.
     Returns:
         One program per pipeline index.
     Raises:
@@ -64,11 +66,20 @@ def compute_programs(
     """
     found = _checked(schedule, pipeline, virtual)
     _check_count("micro_batches", micro_batches)
-    return found.programs(pipeline, virtual, micro_batches)
+    _check_count("parallel.stretches", stretches)
+    if stretches == 1:
+        return found.programs(pipeline, virtual, micro_batches)
+    if found.stretched is None:
+        able = ", ".join(name for name, other in SCHEDULES.items() if other.stretched)
+        raise ScheduleError(
+            f"parallel.stretches = {stretches}: parallel.schedule = {schedule!r} takes sequences "
+            f"as a whole; use one of {able}, or set parallel.stretches = 1"
+        )
+    return found.stretched(pipeline, virtual, micro_batches, stretches)
 
 
 def forward_only(
-    schedule: str, pipeline: int, virtual: int, micro_batches: int
+    schedule: str, pipeline: int, virtual: int, micro_batches: int, stretches: int = 1
 ) -> tuple[Program, ...]:
     """The forwards of each pipeline index, without messages, for evaluation.
 
@@ -76,7 +87,10 @@ def forward_only(
     """
     placed = placement(schedule, pipeline, virtual)
     _check_count("micro_batches", micro_batches)
-    return tuple(forward_sequence(i, pipeline, placed, micro_batches) for i in range(pipeline))
+    return tuple(
+        in_stretches(forward_sequence(i, pipeline, placed, micro_batches), stretches)
+        for i in range(pipeline)
+    )
 
 
 def _checked(name: str, pipeline: int, virtual: int) -> Schedule:

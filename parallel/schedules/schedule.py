@@ -20,6 +20,9 @@ class Schedule:
     programs: Callable[[int, int, int], tuple[Program, ...]]
     """(pipeline, virtual, micro-batches) -> the compute actions of each pipeline index, for one
     replica's micro-batches 0 to m - 1. All three numbers are 1 or more."""
+    stretched: Callable[[int, int, int, int], tuple[Program, ...]] | None = None
+    """(pipeline, virtual, micro-batches, stretches) -> likewise, for sequences that pass the chunks
+    in several stretches; None: they pass as a whole."""
     chunks_per_rank: int | None = None
     """The only allowed `parallel.virtual`; None: any."""
     alternative: str = ""

@@ -14,12 +14,15 @@ from holdfast.parallel.schedules.actions import (
     RECEIVES,
     SENDS,
     Action,
+    ActionKey,
     Op,
     Program,
     peak_in_flight,
 )
 from holdfast.parallel.schedules.messages import matching_receive, owners, with_messages
 
+_Message = tuple[Op, ActionKey, int | None, int | None]
+"""The receive, what passes, sender and receiver."""
 _NAMED_RANKS = 4
 """Blocked ranks that the message of a deadlock names; the others follow from them."""
 
@@ -129,9 +132,8 @@ class _Simulation:
         self._cost = cost
         self._message_cost = message_cost
         self._positions = dict.fromkeys(programs, 0)
-        # Messages are named (op, chunk, micro-batch, sender, receiver), from the receiver's side.
-        self._arrivals: dict[tuple[Op, int, int, int | None, int | None], float] = {}
-        self._waiting: set[tuple[Op, int, int, int | None, int | None]] = set()
+        self._arrivals: dict[_Message, float] = {}
+        self._waiting: set[_Message] = set()
         self._runnable = list(programs)
 
     def finish(self) -> None:
@@ -150,7 +152,7 @@ class _Simulation:
             action = program[position]
             op = action.op
             if op in RECEIVES:
-                key = (op, action.chunk, action.micro_batch, action.peer, rank)
+                key = (op, action.key, action.peer, rank)
                 arrival = arrivals.get(key)
                 if arrival is None:
                     waiting.add(key)
@@ -158,7 +160,7 @@ class _Simulation:
                 clock = max(clock, arrival)
             elif op in SENDS:
                 received = matching_receive(action, rank)
-                key = (received.op, received.chunk, received.micro_batch, rank, action.peer)
+                key = (received.op, received.key, rank, action.peer)
                 arrivals[key] = clock + self._latency(action)
                 if key in waiting:
                     assert action.peer is not None

@@ -146,18 +146,19 @@ def train_and_list_samples(
     rank: int, world_size: int, store: Store, *, config: dict, root: str
 ) -> list[int]:
     """Train and return the global indices of the samples that this rank has computed."""
+    from holdfast.parallel.pipeline import Passage
     from holdfast.trainer.step.micro_batches import MicroBatches
     from support.runs import small_runs
 
     seen: set[int] = set()
     context = MicroBatches.context
 
-    def noted(self: MicroBatches, micro_batch: int) -> Any:
+    def noted(self: MicroBatches, passage: Passage) -> Any:
         if self.training:
             size, batch = self._train.micro_batch, self._train.global_batch
-            first = self.step * batch + micro_batch * size
+            first = self.step * batch + passage.micro_batch * size
             seen.update(range(first, first + size))
-        return context(self, micro_batch)
+        return context(self, passage)
 
     MicroBatches.context = noted  # type: ignore[method-assign]
     try:

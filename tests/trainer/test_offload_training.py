@@ -111,6 +111,7 @@ def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> d
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from holdfast.parallel.offload import Offloader
+    from holdfast.parallel.pipeline import Passage
     from holdfast.parallel.pipeline.runner import ModelChunkRunner
 
     inputs: list[StorageWeakRef] = []
@@ -118,11 +119,11 @@ def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> d
     forward, backward = ModelChunkRunner.forward, Offloader.backward
 
     def forward_and_note(
-        self: ModelChunkRunner, micro_batch: int, value: Tensor | None
+        self: ModelChunkRunner, passage: Passage, value: Tensor | None
     ) -> Tensor | None:
         if value is not None and not alive:
             inputs.append(StorageWeakRef(value.untyped_storage()))
-        return forward(self, micro_batch, value)
+        return forward(self, passage, value)
 
     def count_and_go_back(self: Offloader, key: Any) -> None:
         if not alive:

@@ -22,7 +22,7 @@ MOST_RANKS = 2**20
 MOST_MICRO_BATCHES = 2**20
 """Of a step, over all replicas."""
 MOST_CHUNK_PASSES = 2**17
-"""Forward passes of a step of one replica: micro-batches times model chunks."""
+"""Forward passes of a step of one replica: micro-batches times model chunks times stretches."""
 MOST_COPIES = 2**22
 """Layers times the square of the tensor degree, for the table of the copies of norm weights."""
 MOST_BLOCKS = 2**18
@@ -44,11 +44,12 @@ def extent_problems(config: RunConfig) -> Iterator[str]:
             "train.micro_batch or lower train.global_batch"
         )
     passes = ceil(micro_batches / parallel.data) * parallel.pipeline * parallel.virtual
+    passes *= parallel.stretches
     if passes > MOST_CHUNK_PASSES:
         yield (
             f"a replica's step has {passes} forward passes of model chunks: at most "
             f"{MOST_CHUNK_PASSES}; raise train.micro_batch or parallel.data, or lower "
-            "train.global_batch"
+            "train.global_batch or parallel.stretches"
         )
     if model.layers * config.tensor_parts**2 > MOST_COPIES:
         key = config.tensor_parts_key

@@ -92,6 +92,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
     "parallel": {axis: Range(1, 2**20) for axis in AXES}
     | {
         "virtual": Range(1, 4096),
+        "stretches": Range(1, 2**16),
         "bucket_elements": Range(1, 2**40),
         "shard_group": Range(0, 2**20),
     },

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from holdfast.parallel.errors import ConfigError, ScheduleError, shown
 from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS
-from holdfast.parallel.schedules import placement
+from holdfast.parallel.schedules import SCHEDULES, placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems
@@ -50,6 +50,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _tensor_shards,
         _tensor_strips,
         _slices,
+        _stretches,
         _pipeline,
         _elastic,
         _offload,
@@ -259,6 +260,41 @@ def _slices(config: RunConfig) -> Iterator[str]:
             "parallel.context_exchange = 'ring' joins parts of the keys in another order on each "
             "number of ranks, which numerics.reduction = 'exact' refuses; use 'keys' or 'heads', "
             "or numerics.reduction = 'fast'"
+        )
+
+
+def _stretches(config: RunConfig) -> Iterator[str]:
+    train, parallel = config.train, config.parallel
+    count, context = parallel.stretches, parallel.context
+    if count <= 1 or context < 1:
+        return
+    if train.context_chunks % (count * context):
+        yield (
+            f"parallel.stretches = {count}: stretches have whole slices, as many on each context "
+            f"rank, but {count} x parallel.context = {count * context} does not divide "
+            f"train.context_chunks = {train.context_chunks}; change one of them"
+        )
+    found = SCHEDULES.get(parallel.schedule)
+    if found is not None and found.stretched is None:
+        able = ", ".join(name for name, other in SCHEDULES.items() if other.stretched)
+        yield (
+            f"parallel.stretches = {count}: parallel.schedule = {parallel.schedule!r} takes "
+            f"sequences as a whole; use one of {able}, or set parallel.stretches = 1"
+        )
+    if context > 1 and (
+        parallel.context_exchange not in ("auto", "heads")
+        or config.model.heads % (config.tensor_parts * context)
+    ):
+        yield (
+            f"parallel.stretches = {count} with parallel.context = {context}: context ranks must "
+            "exchange heads, which parallel.context_exchange or the number of heads does not "
+            "allow; change it, or set parallel.stretches = 1"
+        )
+    if parallel.shard != "optimizer":
+        yield (
+            f"parallel.stretches = {count} with parallel.shard = {parallel.shard!r}: shared "
+            "gradients and parameters travel by whole micro-batches; use parallel.shard = "
+            "'optimizer', or set parallel.stretches = 1"
         )
 
 

@@ -111,6 +111,10 @@ class ParallelConfig(Section, frozen=True):
     """Model chunks per pipeline rank."""
     schedule: str = "1f1b"
     """A name of `SCHEDULES` (parallel/schedules)."""
+    stretches: int = 1
+    """The equal parts of each sequence, of whole slices (`train.context_chunks`), that pass the
+    pipeline one after another: a smaller bubble and fewer activations. Results do not depend on
+    it."""
     sequence_parallel: bool = True
     """With tensor > 1: hidden states are split along the sequence between layers."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
@@ -295,6 +299,6 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             mesh.axes,
             mesh.sizes,
             self.numerics.tensor_shards,
-            self.train.context_chunks,
+            self.train.context_chunks // max(1, self.parallel.stretches),
             self.parallel.sequence_parallel and self.tensor_parts > 1,
         )

@@ -68,9 +68,11 @@ def trace_events(
     for action, start, stop in zip(times.actions, times.starts_s, times.stops_s, strict=True):
         lane = "compute" if action.op in _COMPUTE else "messages"
         arguments = {"chunk": action.chunk, "micro_batch": action.micro_batch}
+        if action.stretch is not None:
+            arguments["stretch"] = action.stretch
         if action.peer is not None:
             arguments["peer"] = action.peer
-        name = f"{action.op.value}{action.micro_batch}"
+        name = f"{action.op.value}{action.passage}"
         events.append(_slice(name, rank, _LANES[lane], start, stop, clock_s, arguments))
     return events
 

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
+from holdfast.parallel.pipeline import Passage
 from holdfast.trainer.step.progress import Outcome, Requests
 
+Losses = Mapping[Passage, Tensor]
+"""The loss sums of what has passed the last chunk: float64[own slices], or a scalar for the only
+one."""
 SliceLosses = dict[tuple[int, int], Tensor]
 """(micro-batch, slice) -> the sum of its token losses, a float64 scalar."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
@@ -69,16 +73,20 @@ class BallotFormat:
         )
 
 
-def by_slice(losses: Mapping[int, Tensor], slices: Slices) -> SliceLosses:
+def by_slice(losses: Losses, slices: Slices, stretches: int = 1) -> SliceLosses:
     """The loss sums of a rank, one by one. Pure.
 
     Args:
-        losses: by micro-batch: float64[own slices], or a scalar for the only one.
+        stretches: the parts in which a sequence passes a chunk.
     """
     return {
         (micro_batch, number): value
-        for micro_batch, loss in losses.items()
-        for number, value in zip(slices.own, loss.view(-1), strict=True)
+        for (micro_batch, stretch), loss in losses.items()
+        for number, value in zip(
+            (slices if stretch is None else slices.stretch(stretch, stretches)).own,
+            loss.view(-1),
+            strict=True,
+        )
     }
 
 

@@ -32,6 +32,7 @@ from holdfast.parallel.pipeline import (
     MessageShape,
     MicroBatchContext,
     ModelChunkRunner,
+    Passage,
     receive_order,
 )
 from holdfast.parallel.plan import Plan, message_units, shards
@@ -67,7 +68,9 @@ class ModelParts:
         Args:
             parts: the parts of the parameters that the rank holds.
         """
-        backwards = Counter(a.chunk for a in program if a.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT))
+        ends = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        # Every stretch of a micro-batch goes backward, and all of them have its slices.
+        backwards = Counter(a.chunk for a in program if a.op in ends and a.stretch in (None, 0))
         slices = len(self.accumulator.slices.own)
         return {
             parameter: backwards[index] * slices * len(contributing_parts(row, parts))
@@ -133,7 +136,9 @@ def run_slices(config: RunConfig, plan: Plan, rank: int) -> Slices:
     """The slices of a run's sequences, and those that a rank computes."""
     mesh, train = plan.mesh_of(rank), config.train
     here = mesh.along(plan.stage_replicas.shard_index(rank))
-    return slices_of(train.seq_len, train.context_chunks, mesh["context"], here["context"])
+    return slices_of(
+        train.seq_len, train.context_chunks, mesh["context"], here["context"], plan.stretches
+    )
 
 
 def new_model(
@@ -206,7 +211,7 @@ def new_runners(
     model: ModelParts,
     last_chunk: int,
     *,
-    context: Callable[[int], MicroBatchContext],
+    context: Callable[[Passage], MicroBatchContext],
     before_gradients: Callable[[int], None],
 ) -> dict[int, ModelChunkRunner]:
     """The runner of each chunk. The arguments are those of `ModelChunkRunner`."""
@@ -234,7 +239,7 @@ def new_executor(
     train, last_chunk = config.train, len(plan.placement) - 1
     mesh, shard = plan.mesh_of(rank), plan.stage_replicas.shard_index(rank)
     units = mesh.token_units[shard]
-    of_unit = train.seq_len // mesh.units
+    of_unit = train.seq_len // plan.stretches // mesh.units
     shape = (len(units) * of_unit, train.micro_batch, config.model.hidden)
 
     def rows_of(peer: int, sends: bool) -> tuple[slice, ...] | None:
@@ -244,7 +249,15 @@ def new_executor(
 
     message = MessageShape(shape, PRECISIONS[train.precision].dtype, device, rows_of)
     micro_batches = train.global_batch // train.micro_batch
-    return Executor(runners, last_chunk, message, groups["pipeline"], micro_batches, offloader)
+    return Executor(
+        runners,
+        last_chunk,
+        message,
+        groups["pipeline"],
+        micro_batches,
+        offloader,
+        plan.stretches,
+    )
 
 
 def new_optimizer(

@@ -5,16 +5,16 @@ An interrupted step is resumed: parameters whose sums include a micro-batch skip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from holdfast.parallel.layout import Box, contributing_parts
 from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.step.ballot import SliceLosses, by_slice
+from holdfast.trainer.step.ballot import Losses, SliceLosses, by_slice
 from holdfast.trainer.step.construction import ModelParts
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
@@ -132,12 +132,11 @@ class StepInFlight:
         parts = contributing_parts(segment.row, self._parts)
         return [(part, segment.layer, segment.row.index) for part in parts]
 
-    def included(self, losses: Mapping[int, Tensor] | None) -> Included:
+    def included(self, losses: Losses | None) -> Included:
         """The units that each parameter's sums include, after an interruption.
 
         Args:
-            losses: the losses by micro-batch, of the model's last chunk; None if another rank has
-                it.
+            losses: those of the model's last chunk; None if another rank has it.
         """
         count, included = self._slices.count, dict[ParameterKey, frozenset[int]]()
         for segment in self._buffer.segments:
@@ -150,7 +149,7 @@ class StepInFlight:
                     if unit % len(keys) == place
                 )
         if losses is not None:
-            known = by_slice(losses, self._slices) | self._own_losses
+            known = by_slice(losses, self._slices, self._plan.stretches) | self._own_losses
             units = included.get(self._loss_key, ())
             self._own_losses = {
                 (micro_batch, number): loss
@@ -159,12 +158,14 @@ class StepInFlight:
             }
         return included
 
-    def reported(self, losses: Mapping[int, Tensor]) -> SliceLosses:
+    def reported(self, losses: Losses) -> SliceLosses:
         """The loss sums that only this rank reports."""
         own = self._own_losses if self._interrupted is not NOT_INTERRUPTED else {}
         return own | {
             (micro_batch, number): loss
-            for (micro_batch, number), loss in by_slice(losses, self._slices).items()
+            for (micro_batch, number), loss in by_slice(
+                losses, self._slices, self._plan.stretches
+            ).items()
             if number not in self._interrupted.slices_in(self._loss_key, micro_batch)
         }
 

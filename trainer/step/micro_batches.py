@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from holdfast.parallel.comm import FlightRecorder
 from holdfast.parallel.layout import Slices
-from holdfast.parallel.pipeline import Batch, MicroBatchContext
+from holdfast.parallel.pipeline import Batch, MicroBatchContext, Passage
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 
@@ -16,6 +18,15 @@ from holdfast.trainer.data import Dataset
 def reads_batches(config: RunConfig, chunks: Iterable[int], last_chunk: int) -> bool:
     """Whether a rank with these chunks reads batches: for tokens, targets, or documents."""
     return config.data.packing != "concatenated" or not {0, last_chunk}.isdisjoint(chunks)
+
+
+class _Known(NamedTuple):
+    """A micro-batch, for all chunks of the rank."""
+
+    batch: Batch | None
+    """None where the rank does not read it."""
+    kept: dict[object, Any]
+    """What modules keep between its stretches."""
 
 
 class MicroBatches:
@@ -28,6 +39,7 @@ class MicroBatches:
         device: torch.device,
         slices: Slices,
         *,
+        stretches: int = 1,
         reads: bool,
         recorder: FlightRecorder,
     ) -> None:
@@ -36,12 +48,14 @@ class MicroBatches:
         Args:
             data: the data of the first step.
             slices: the slices of sequences, and those that this rank computes.
+            stretches: the parts in which a sequence passes the chunks.
             reads: whether this rank reads batches; see `reads_batches`.
             recorder: the flight recorder, where reads are marked.
         """
-        self._recorder, self._grace_s = recorder, config.elastic.startup_grace_s
+        self._reading = partial(recorder.busy, "read", config.elastic.startup_grace_s)
         self._train, self._device, self._reads = config.train, device, reads
         self.slices = slices
+        self._stretches = [slices.stretch(number, stretches) for number in range(stretches)]
         self.current = 0
         """The micro-batch whose forward pass ran last."""
         self.begin(0, data, training=True)
@@ -52,26 +66,31 @@ class MicroBatches:
         self.current = 0
         self.predicted = max(1, data.predicted(step, global_batch=self._train.global_batch))
         """The number of tokens that the step predicts, over all replicas; 1 if it predicts none."""
-        self._batches: dict[int, Batch] = {}
+        self._known: dict[int, _Known] = {}
 
-    def context(self, micro_batch: int) -> MicroBatchContext:
-        """The context of the micro-batch that a chunk computes next."""
-        self.current = micro_batch
-        batch = self._batch(micro_batch) if self._reads else None
+    def context(self, passage: Passage) -> MicroBatchContext:
+        """The context of what a chunk computes next."""
+        self.current = micro_batch = passage.micro_batch
+        if micro_batch not in self._known:
+            self._known[micro_batch] = _Known(self._read(micro_batch) if self._reads else None, {})
+        batch, kept = self._known[micro_batch]
+        stretch = passage.stretch
         return MicroBatchContext(
-            self.step, micro_batch, self.training, batch, 1.0 / self.predicted, self.slices
+            self.step,
+            micro_batch,
+            self.training,
+            batch,
+            1.0 / self.predicted,
+            self.slices if stretch is None else self._stretches[stretch],
+            kept,
         )
 
-    def _batch(self, micro_batch: int) -> Batch:
-        """A micro-batch, read once for all chunks of the rank."""
-        batch = self._batches.get(micro_batch)
-        if batch is None:
-            with self._recorder.busy("read", self._grace_s):
-                read = self._data.batch(
-                    self.step,
-                    micro_batch,
-                    global_batch=self._train.global_batch,
-                    micro_batch_size=self._train.micro_batch,
-                )
-            batch = self._batches[micro_batch] = read.to(self._device)
-        return batch
+    def _read(self, micro_batch: int) -> Batch:
+        with self._reading():
+            read = self._data.batch(
+                self.step,
+                micro_batch,
+                global_batch=self._train.global_batch,
+                micro_batch_size=self._train.micro_batch,
+            )
+        return read.to(self._device)

@@ -87,7 +87,7 @@ def shadows_in_host_memory(config: RunConfig, device: str) -> bool:
 
 def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: int = 0) -> Plan:
     parallel, train = config.parallel, config.train
-    return make_plan(
+    plan = make_plan(
         layers,
         config.mesh,
         virtual=parallel.virtual,
@@ -101,6 +101,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         shard_group=parallel.shard_group,
         generation=generation,
     )
+    return plan.evolved(stretches=parallel.stretches)
 
 
 def device_copies(config: RunConfig) -> int:

@@ -6,7 +6,7 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,7 +33,13 @@ from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import Weights
-from holdfast.trainer.step.ballot import BallotFormat, SliceLosses, by_slice, loss_slots
+from holdfast.trainer.step.ballot import (
+    BallotFormat,
+    Losses,
+    SliceLosses,
+    by_slice,
+    loss_slots,
+)
 from holdfast.trainer.step.construction import (
     ModelParts,
     PreparedProgram,
@@ -114,6 +120,7 @@ class Training:
             self.data,
             device,
             self.model.accumulator.slices,
+            stretches=plan.stretches,
             reads=reads_batches(config, self.model.chunks, last),
             recorder=groups.recorder,
         )
@@ -416,13 +423,13 @@ class Training:
             self.background_transfer.close()
 
     @property
-    def _last_losses(self) -> Mapping[int, Tensor] | None:
+    def _last_losses(self) -> Losses | None:
         """The loss sums by micro-batch, of the model's last chunk; None if it is elsewhere."""
         last = self._runners.get(len(self.plan.placement) - 1)
         return None if last is None else last.losses
 
     @property
-    def _reported_losses(self) -> Mapping[int, Tensor] | None:
+    def _reported_losses(self) -> Losses | None:
         """The same on the rank of a stage replica that reports a slice's; None on the others."""
         here = self.plan.mesh_of(self.rank).along(self.groups.shards.index)
         others = (index for axis, index in here.items() if axis != "context")
@@ -452,7 +459,7 @@ class Training:
             self.executor.run(*self._forward_program)
         if self.model.layers is not None:
             self.model.layers.finish()
-        return by_slice(self._reported_losses or {}, self.slices)
+        return by_slice(self._reported_losses or {}, self.slices, self.plan.stretches)
 
     @cached_property
     def _forward_program(self) -> PreparedProgram:

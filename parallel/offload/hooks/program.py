@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from holdfast.parallel.offload.hooks.offloader import Offloader
-from holdfast.parallel.schedules import COMPUTE, Op, Program
+from holdfast.parallel.schedules import COMPUTE, ActionKey, Op, Program
 
-Key = tuple[int, int]
-"""(chunk, micro-batch): the name of a forward pass and of its backward pass."""
+Key = ActionKey
+"""The name of a forward pass and of its backward pass."""
 
 
 def backward_order(program: Program) -> list[Key]:
     """The keys of a program's forward passes, in the order of their backward passes."""
     starts = (Op.BACKWARD, Op.BACKWARD_INPUT)
-    return [(a.chunk, a.micro_batch) for a in program if a.op in starts]
+    return [a.key for a in program if a.op in starts]
 
 
 def reversed_at_once(program: Program) -> set[Key]:
     """The keys of the forward passes that their own backward pass follows directly."""
     computed = [action for action in program if action.op in COMPUTE]
     return {
-        (one.chunk, one.micro_batch)
+        one.key
         for one, following in pairwise(computed)
         if one.op is Op.FORWARD
         and following.op in (Op.BACKWARD, Op.BACKWARD_INPUT)
-        and (one.chunk, one.micro_batch) == (following.chunk, following.micro_batch)
+        and one.key == following.key
     }
 
 

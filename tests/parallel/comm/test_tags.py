@@ -11,7 +11,7 @@ import pytest
 from holdfast import parallel
 from holdfast.parallel.comm import tags
 from holdfast.parallel.pipeline.executor import message_tag
-from holdfast.parallel.schedules import Op
+from holdfast.parallel.schedules import Action, Op
 
 ROOT = Path(parallel.__file__ or "").parent
 
@@ -44,7 +44,7 @@ def test_a_message_beyond_the_range_is_refused(kind: tags.TagRange) -> None:
 
 def test_activations_of_a_large_step_have_tags() -> None:
     chunks, micro_batches = 2048, 65_536
-    last = message_tag(Op.RECEIVE_BACKWARD, chunks - 1, micro_batches - 1, micro_batches)
+    last = message_tag(Action(Op.RECEIVE_BACKWARD, chunks - 1, micro_batches - 1, 0), micro_batches)
     assert last == tags.ACTIVATIONS.stop - 1
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.pipeline import Passage
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, message_tag, receive_order
 from holdfast.parallel.schedules import (
+    Action,
     Op,
     Program,
     compute_programs,
@@ -39,30 +41,30 @@ class AffineChunk:
         self.gradients: dict[int, float] = {}
         self.weights: list[int] = []
 
-    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
-        base = torch.full((2, 2), float(micro_batch)) if self.chunk == 0 else value
+    def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
+        base = torch.full((2, 2), float(passage.micro_batch)) if self.chunk == 0 else value
         assert base is not None
         output = 2 * base + (self.chunk + 1)
-        self.outputs[micro_batch] = output[0, 0].item()
+        self.outputs[passage.micro_batch] = output[0, 0].item()
         return None if self.chunk == self.chunks - 1 else output
 
-    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        assert micro_batch in self.outputs
+    def backward_input(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
+        assert passage.micro_batch in self.outputs
         last = self.chunk == self.chunks - 1
-        gradient = torch.full((2, 2), 1.0 + micro_batch) if last else grad_output
+        gradient = torch.full((2, 2), 1.0 + passage.micro_batch) if last else grad_output
         assert gradient is not None
         gradient = 2 * gradient
-        self.gradients[micro_batch] = gradient[0, 0].item()
+        self.gradients[passage.micro_batch] = gradient[0, 0].item()
         return None if self.chunk == 0 else gradient
 
-    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        gradient = self.backward_input(micro_batch, grad_output)
-        self.backward_weight(micro_batch)
+    def backward(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
+        gradient = self.backward_input(passage, grad_output)
+        self.backward_weight(passage)
         return gradient
 
-    def backward_weight(self, micro_batch: int) -> None:
-        assert micro_batch in self.gradients
-        self.weights.append(micro_batch)
+    def backward_weight(self, passage: Passage) -> None:
+        assert passage.micro_batch in self.gradients
+        self.weights.append(passage.micro_batch)
 
 
 def complete_programs(schedule: str, ranks: int, virtual: int, count: int) -> dict[int, Program]:
@@ -117,12 +119,13 @@ def test_every_micro_batch_passes_every_chunk(
 
 def test_tags_are_unique_within_a_step() -> None:
     tags = {
-        message_tag(op, chunk, micro_batch, 7)
+        message_tag(Action(op, chunk, micro_batch, 0, stretch), 7, 3)
+        for stretch in range(3)
         for op in (Op.RECEIVE_FORWARD, Op.RECEIVE_BACKWARD)
         for chunk in range(5)
         for micro_batch in range(7)
     }
-    assert len(tags) == 2 * 5 * 7
+    assert len(tags) == 2 * 5 * 7 * 3
 
 
 @pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ScheduleError
 from holdfast.parallel.schedules import (
-    Action,
     Op,
     Program,
     check_programs,
@@ -18,23 +19,25 @@ from holdfast.parallel.schedules import (
 )
 
 _CASES = [
-    ("1f1b", 3, 1, 4),
-    ("interleaved-1f1b", 2, 2, 3),
-    ("zb-h1", 3, 1, 4),
-    ("zb-v", 2, 2, 4),
-    ("gpipe", 2, 2, 2),
+    ("1f1b", 3, 1, 4, 1),
+    ("interleaved-1f1b", 2, 2, 3, 1),
+    ("interleaved-1f1b", 2, 2, 2, 3),
+    ("zb-h1", 3, 1, 4, 1),
+    ("zb-v", 2, 2, 4, 1),
+    ("gpipe", 2, 2, 2, 1),
+    ("1f1b", 3, 1, 2, 2),
 ]
 
 
-def complete(case: tuple[str, int, int, int]) -> dict[int, Program]:
-    schedule, pipeline, virtual, _ = case
+def complete(case: tuple[str, int, int, int, int]) -> dict[int, Program]:
+    schedule, pipeline, virtual, _, _ = case
     placed = placement(schedule, pipeline, virtual)
     return with_messages(dict(enumerate(compute_programs(*case))), lambda chunk, _: placed[chunk])
 
 
-def rejected(programs: dict[int, Program], case: tuple[str, int, int, int]) -> str:
+def rejected(programs: dict[int, Program], case: tuple[str, int, int, int, int]) -> str:
     with pytest.raises(ScheduleError) as caught:
-        check_programs(programs, case[1] * case[2], range(case[3]))
+        check_programs(programs, case[1] * case[2], range(case[3]), stretches=case[4])
     return str(caught.value)
 
 
@@ -43,18 +46,18 @@ cases = st.sampled_from(_CASES)
 
 @given(cases, st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_dropped_action_is_found(case: tuple[str, int, int, int], data: st.DataObject):
+def test_a_dropped_action_is_found(case: tuple[str, int, int, int, int], data: st.DataObject):
     programs = complete(case)
     rank = data.draw(st.sampled_from(sorted(programs)))
     position = data.draw(st.integers(0, len(programs[rank]) - 1))
     lost = programs[rank][position]
     programs[rank] = programs[rank][:position] + programs[rank][position + 1 :]
-    assert str(Action(lost.op, lost.chunk, lost.micro_batch)) in rejected(programs, case)
+    assert str(replace(lost, peer=None)) in rejected(programs, case)
 
 
 @given(cases, st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_doubled_action_is_found(case: tuple[str, int, int, int], data: st.DataObject):
+def test_a_doubled_action_is_found(case: tuple[str, int, int, int, int], data: st.DataObject):
     programs = complete(case)
     rank, target = (data.draw(st.sampled_from(sorted(programs))) for _ in range(2))
     action = data.draw(st.sampled_from(programs[rank]))
@@ -66,7 +69,9 @@ def test_a_doubled_action_is_found(case: tuple[str, int, int, int], data: st.Dat
 
 @given(cases, st.data())
 @settings(max_examples=150, deadline=None)
-def test_an_action_on_another_rank_is_found(case: tuple[str, int, int, int], data: st.DataObject):
+def test_an_action_on_another_rank_is_found(
+    case: tuple[str, int, int, int, int], data: st.DataObject
+):
     programs = complete(case)
     rank, target = data.draw(st.permutations(sorted(programs)))[:2]
     position = data.draw(st.integers(0, len(programs[rank]) - 1))
@@ -78,24 +83,26 @@ def test_an_action_on_another_rank_is_found(case: tuple[str, int, int, int], dat
 
 @given(cases, st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_message_to_the_wrong_rank_is_found(case: tuple[str, int, int, int], data: st.DataObject):
+def test_a_message_to_the_wrong_rank_is_found(
+    case: tuple[str, int, int, int, int], data: st.DataObject
+):
     programs = complete(case)
     rank = data.draw(st.sampled_from(sorted(programs)))
     positions = [i for i, a in enumerate(programs[rank]) if a.peer is not None]
     position = data.draw(st.sampled_from(positions))
     old = programs[rank][position]
     peer = data.draw(st.integers(0, case[1]).filter(lambda p: p != old.peer))
-    wrong = Action(old.op, old.chunk, old.micro_batch, peer)
+    wrong = replace(old, peer=peer)
     programs[rank] = (*programs[rank][:position], wrong, *programs[rank][position + 1 :])
     message = rejected(programs, case)
     assert message.startswith(f"rank {rank}, position {position}, {wrong}: ")
     assert f"the peer must be rank {old.peer}" in message
 
 
-@given(cases, st.data())
+@given(cases.filter(lambda case: case[4] == 1), st.data())
 @settings(max_examples=400, deadline=None)
 def test_exchanged_actions_are_accepted_only_if_they_run(
-    case: tuple[str, int, int, int], data: st.DataObject
+    case: tuple[str, int, int, int, int], data: st.DataObject
 ):
     """Against an interpreter that moves values and knows nothing of the checker."""
     programs = complete(case)
@@ -106,7 +113,7 @@ def test_exchanged_actions_are_accepted_only_if_they_run(
     row[first], row[second] = row[second], row[first]
     programs[rank] = tuple(row)
     if runs(programs, case[1] * case[2]):
-        check_programs(programs, case[1] * case[2], range(case[3]))
+        check_programs(programs, case[1] * case[2], range(case[3]), stretches=case[4])
     else:
         rejected(programs, case)
 
@@ -193,7 +200,10 @@ def test_micro_batches_of_a_stage_may_be_computed_by_different_ranks():
     ("text", "message"),
     [
         ("0: 0F0,0B0,3F0", "rank 0, position 2, 3F0: there is no such chunk, chunks are 0..0"),
-        ("0: 0F0,0B0,0F5", "rank 0, position 2, 0F5: this micro-batch is not one of the step's"),
+        (
+            "0: 0F0,0B0,0F5",
+            "rank 0, position 2, 0F5: this is no micro-batch of the step, or stretch of one",
+        ),
         ("0: 0B0,0F0", "rank 0, position 0, 0B0: comes before 0F0 at rank 0, position 1"),
         ("0: 0F0,0W0,0I0", "rank 0, position 1, 0W0: comes before 0I0"),
         ("0: 0F0,0I0", "no rank computes 0W0"),
@@ -215,7 +225,7 @@ def test_a_message_within_one_rank_is_refused():
 
 
 def test_more_activations_than_the_cap_are_refused():
-    programs = complete(("1f1b", 3, 1, 4))
+    programs = complete(("1f1b", 3, 1, 4, 1))
     check_programs(programs, 3, range(4), cap={0: 3, 1: 2, 2: 1})
     with pytest.raises(ScheduleError, match="rank 1 keeps 2 chunk activations at once, 1 are"):
         check_programs(programs, 3, range(4), cap={0: 3, 1: 1})
@@ -224,3 +234,18 @@ def test_more_activations_than_the_cap_are_refused():
 def test_a_backward_in_an_evaluation_program_is_refused():
     with pytest.raises(ScheduleError, match="position 1, 0B0: a backward in a forward-only"):
         check_programs(parse_programs("0: 0F0,0B0"), 1, [0], forward_only=True)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("0: 0F0.1,0F0.0,0B0.1,0B0.0", "rank 0, position 0, 0F0.1: 0F0.0 must come before it"),
+        ("0: 0F0.0,0F0.1,0B0.0,0B0.1", "rank 0, position 2, 0B0.0: 0B0.1 must come before it"),
+        ("0: 0F0.0,0B0.0\n1: 0F0.1,0B0.1", "rank 1, position 0, 0F0.1: 0F0.0 must come before it"),
+        ("0: 0F0,0B0", "0F0: this is no micro-batch of the step, or stretch of one"),
+        ("0: 0F0.0,0B0.0", "no rank computes 0F0.1"),
+    ],
+)
+def test_stretches_out_of_order_are_found(program: str, said: str) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        check_programs(parse_programs(program), 1, range(1), stretches=2)

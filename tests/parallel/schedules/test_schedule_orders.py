@@ -62,6 +62,44 @@ def test_any_number_of_micro_batches_gives_a_sound_schedule(shape: tuple[str, in
     assert all(busy == pytest.approx(3 * micro_batches) for busy in timeline.busy.values())
 
 
+@given(
+    st.sampled_from([("gpipe", 1), ("gpipe", 3), ("1f1b", 1), *[("interleaved-1f1b", 2)] * 2]),
+    st.integers(1, 8),
+    st.integers(1, 12),
+    st.integers(1, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_stretches_pass_in_order_and_divide_the_bubble(
+    chosen: tuple[str, int], pipeline: int, micro_batches: int, stretches: int
+) -> None:
+    schedule, virtual = chosen
+    placed = placement(schedule, pipeline, virtual)
+    shape = (schedule, pipeline, virtual, micro_batches, stretches)
+    programs = with_messages(
+        dict(enumerate(compute_programs(*shape))), lambda chunk, _: placed[chunk]
+    )
+    check_programs(programs, pipeline * virtual, range(micro_batches), stretches=stretches)
+    passages = micro_batches * stretches
+    whole = unit_cost(virtual=virtual)
+    timeline = simulate(programs, lambda action: whole(action) / stretches)
+    if virtual == 1:
+        assert timeline.bubble == pytest.approx((pipeline - 1) / passages)
+        # SlimPipe, section 4: what a rank keeps is a sequence and a stretch for each later rank.
+        most = passages if schedule == "gpipe" else min(stretches + pipeline - 1, passages)
+        assert timeline.peak_saved[0] == most
+    elif stretches >= pipeline:
+        assert timeline.bubble == pytest.approx((pipeline - 1) / passages / virtual)
+    forwards = forward_only(*shape)
+    evaluated = with_messages(dict(enumerate(forwards)), lambda chunk, _: placed[chunk])
+    check_programs(
+        evaluated,
+        pipeline * virtual,
+        range(micro_batches),
+        stretches=stretches,
+        forward_only=True,
+    )
+
+
 @given(shapes())
 @settings(max_examples=100, deadline=None)
 def test_evaluation_programs_are_sound(shape: tuple[str, int, int, int]):

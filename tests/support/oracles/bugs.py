@@ -19,7 +19,7 @@ from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange.buckets import Bucket
 from holdfast.parallel.optimizer.exchange.gradients import GradientExchange
 from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire
-from holdfast.parallel.pipeline import executor as pipeline
+from holdfast.parallel.pipeline import Passage, executor as pipeline
 from holdfast.parallel.pipeline.model_chunk import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import linear, split, vocab as vocabulary
 from holdfast.parallel.tensor_parallel.split import TensorParallel
@@ -204,8 +204,8 @@ def gradient_scaled_by_pipeline() -> Iterator[None]:
     """The last stage's loss gradient is multiplied by the number of micro-batches."""
     original = MicroBatches.context
 
-    def scaled(self: MicroBatches, micro_batch: int) -> MicroBatchContext:
-        context = original(self, micro_batch)
+    def scaled(self: MicroBatches, passage: Passage) -> MicroBatchContext:
+        context = original(self, passage)
         return replace(context, loss_gradient=3 * context.loss_gradient)
 
     with mock.patch.object(MicroBatches, "context", scaled):

@@ -15,6 +15,7 @@ import torch
 
 from holdfast.parallel.context_parallel import operators, ring
 from holdfast.parallel.context_parallel.operators import ContextParallel
+from holdfast.parallel.pipeline import Passage
 from holdfast.trainer.models.llama import modules as llama, regions
 from holdfast.trainer.models.llama.regions import RotaryTables
 from holdfast.trainer.step.micro_batches import MicroBatches
@@ -54,8 +55,8 @@ def loss_scaled_by_context() -> Iterator[None]:
     """The gradient of the loss is that of the mean over this rank's own tokens."""
     original = MicroBatches.context
 
-    def scaled(self: MicroBatches, micro_batch: int) -> Any:
-        found = original(self, micro_batch)
+    def scaled(self: MicroBatches, passage: Passage) -> Any:
+        found = original(self, passage)
         share = found.slices.count / len(found.slices.own)
         return replace(found, loss_gradient=found.loss_gradient * share)
 

@@ -14,6 +14,7 @@ from holdfast.parallel.layout import Box, Slices, contributing_parts
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange.parameters import ParameterArrival
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.pipeline import Passage
 from holdfast.parallel.plan import Plan, Roster, replan, training_program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.config.loading import convert_config
@@ -101,8 +102,8 @@ class Rank:
         return {s.parameter: len(contributing_parts(s.row, parts)) for s in self.buffer.segments}
 
 
-def losses(*micro_batches: int) -> dict[int, torch.Tensor]:
-    return {m: torch.tensor(float(m)) for m in micro_batches}
+def losses(*micro_batches: int) -> dict[Passage, torch.Tensor]:
+    return {Passage(m): torch.tensor(float(m)) for m in micro_batches}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from holdfast.parallel.errors import ConfigError, OffloadError
+from holdfast.parallel.pipeline import Passage
 from holdfast.parallel.schedules import StepPhase
 from holdfast.trainer.step.build import choose_device, open_training
 from holdfast.trainer.step.training import Training
@@ -56,10 +57,10 @@ def test_a_step_whose_activations_are_lost_goes_on_from_the_sums_it_has(
     [runner] = other._runners.values()
     backward, passes = runner.backward, iter(range(100))
 
-    def failing(micro_batch: int, grad_output: Any) -> Any:
+    def failing(passage: Passage, grad_output: Any) -> Any:
         if next(passes) == done:
             raise OffloadError("activations cannot be read back")
-        return backward(micro_batch, grad_output)
+        return backward(passage, grad_output)
 
     def failing_after_all(*program: Any) -> Any:
         other.executor.run = run  # type: ignore[method-assign]

@@ -127,20 +127,34 @@ class _AttentionCore:
     attend: _Region
     recomputes: bool
 
-    def mixed(self, projected: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
-        """Attention of each own slice."""
+    def mixed(
+        self, part: int, projected: Sequence[Tensor], context: MicroBatchContext
+    ) -> list[Tensor]:
+        """Attention of each own slice, of one of the rank's parts."""
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(
-                self._mixed, context, *projected, use_reentrant=False, preserve_rng_state=False
+                self._mixed,
+                part,
+                context,
+                *projected,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-        return self._mixed(context, *projected)
+        return self._mixed(part, context, *projected)
 
-    def _mixed(self, context: MicroBatchContext, *projected: Tensor) -> list[Tensor]:
+    def _mixed(self, part: int, context: MicroBatchContext, *projected: Tensor) -> list[Tensor]:
         """The same; tensors are arguments by themselves, so that they may be offloaded."""
         documents = None if context.batch is None else context.batch.documents
         if context.slices.count > 1:
             return attend_sliced(
-                projected, self.rotary, self.split, context.slices, documents, *self.heads
+                projected,
+                self.rotary,
+                self.split,
+                context.slices,
+                documents,
+                *self.heads,
+                context.kept,
+                (id(self), part),
             )
         (whole,) = projected
         if documents is not None:  # of another number and other lengths in every batch
@@ -185,7 +199,10 @@ class Attention(nn.Module):
             column_linear(value, self._projections(number), self._tp)
             for number, value in zip(own, values, strict=True)
         ]
-        mixed = [self._core.mixed(of_part, context) for of_part in zip(*projected, strict=True)]
+        mixed = [
+            self._core.mixed(part, of_part, context)
+            for part, of_part in enumerate(zip(*projected, strict=True))
+        ]
         return [
             row_linear(of_slice, of_parts(self.output, queue.of(number)), self._tp)
             for number, of_slice in zip(own, zip(*mixed, strict=True), strict=True)

@@ -6,7 +6,7 @@ Shapes are those of one tensor-parallel rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +108,15 @@ def attend_sliced(
     documents: Documents | None,
     heads: int,
     kv_heads: int,
+    kept: dict[object, Any],
+    name: object,
 ) -> list[Tensor]:
     """As `attend`, of each of a rank's slices; with documents, as `attend_within`. Collective over
-    the context group."""
+    the context group.
+
+    Args:
+        kept, name: as of `ContextParallel.attend`.
+    """
     of_slices = []
     for number, value in zip(slices.own, projected, strict=True):
         places = slices.tokens(number)
@@ -119,7 +125,7 @@ def attend_sliced(
             tables = rotary.at(documents.positions[places])
         of_slices.append(_heads(value, *tables, heads, kv_heads))
     q, k, v = zip(*of_slices, strict=True)
-    mixed = context.attend(q, k, v, slices, documents)
+    mixed = context.attend(q, k, v, slices, documents, kept, name)
     return [value.permute(2, 0, 1, 3).flatten(2) for value in mixed]
 
 

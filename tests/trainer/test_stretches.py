@@ -1,0 +1,141 @@
+"""Sequences that pass the pipeline in stretches: the bits of one process, also through losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from holdfast.parallel.plan.cost import peak_activation_bytes, replica_timeline
+from holdfast.trainer.config.rules import problems_of
+from holdfast.trainer.step.planning import plan_of
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import Starter, bits_of, fault, pace
+from support.runs.layouts import in_slices, tiny
+from support.runs.small_runs import findings_of, make_config, run_training
+
+INTERLEAVED = {"virtual": 2, "schedule": "interleaved-1f1b"}
+LAYOUTS: list[dict[str, Any]] = [
+    {"stretches": 8},
+    {"stretches": 4, "pipeline": 4},
+    {"stretches": 8, "pipeline": 2, "data": 2, **INTERLEAVED},
+    {"stretches": 2, "pipeline": 2, "virtual": 2, "schedule": "gpipe"},
+    {"stretches": 4, "pipeline": 2, "tensor": 2},
+    {"stretches": 2, "pipeline": 2, "context": 2, "context_exchange": "heads"},
+    {"stretches": 2, "pipeline": 2, "context": 2, "tensor": 2},
+]
+
+
+def run_of(layout: dict[str, Any], **sections: Any) -> Any:
+    train = {"steps": 2, "global_batch": 6, "seq_len": 64, "context_chunks": 8, "eval_every": 2}
+    return make_config(
+        model={"layers": 4, "kv_heads": 2, **sections.pop("model", {})},
+        train={**train, **sections.pop("train", {})},
+        numerics={"tensor_shards": 2},
+        parallel=layout,
+        **sections,
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("precision", "packing", "recompute"),
+    [("fp32", "documents", "full"), ("bf16", "concatenated", "none")],
+)
+def test_stretches_give_the_bits_of_one_process(
+    cluster: Cluster, precision: str, packing: str, recompute: str
+) -> None:
+    keys: dict[str, Any] = {
+        "train": {"precision": precision, "recompute": recompute},
+        "data": {"packing": packing},
+    }
+    alone = run_training(cluster, run_of({}, **keys))
+    for layout in LAYOUTS:
+        assert run_training(cluster, run_of(layout, **keys)) == alone, layout
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_activations_of_stretches_are_offloaded(cluster: Cluster) -> None:
+    train = {"recompute": "selective"}
+    alone = run_training(cluster, run_of({}, train=train))
+    offload = {"activations": "ssd"}
+    layout = {"stretches": 4, "pipeline": 2}
+    assert run_training(cluster, run_of(layout, train=train, offload=offload)) == alone
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_stretches_equal_autograd_in_float64(cluster: Cluster, packing: str) -> None:
+    layout = {"stretches": 2, "pipeline": 2, **INTERLEAVED}
+    config = in_slices(tiny(layout, {}), 4, packing)
+    assert findings_of(cluster, config) == []
+
+
+DISTURBED: dict[str, Any] = {
+    "model": {"layers": 4, "kv_heads": 2},
+    "train": {"steps": 8, "global_batch": 6, "seq_len": 64, "context_chunks": 8},
+    "numerics": {"tensor_shards": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(**DISTURBED)))
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2, "data": 2, "stretches": 4},
+        {"pipeline": 2, "data": 2, "stretches": 8, **INTERLEAVED},
+        {"pipeline": 2, "tensor": 2, "data": 2, "stretches": 4},
+    ],
+    ids=str,
+)
+def test_losses_amid_stretches_change_no_bit(
+    start: Starter, expected: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    run = start(
+        **DISTURBED,
+        parallel=layout,
+        elastic=pace(
+            {"chaos": [fault("kill", 1, 2, "backward"), fault("kill", 2, 4, "backward")]}, 0.2
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+    assert len(run.events("recovered")) >= 2
+
+
+@pytest.mark.parametrize("layout", [{}, INTERLEAVED], ids=str)
+def test_a_plan_tells_of_the_smaller_bubble_and_memory(layout: dict[str, Any]) -> None:
+    whole, parts = (
+        plan_of(run_of({"pipeline": 4, "stretches": count, **layout}, model={"layers": 8}))
+        for count in (1, 8)
+    )
+    assert replica_timeline(parts).bubble < replica_timeline(whole).bubble / 7
+    assert peak_activation_bytes(parts, 0) < peak_activation_bytes(whole, 0) / 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"stretches": 3}, "does not divide train.context_chunks = 8"),
+        ({"stretches": 8, "context": 2}, "does not divide train.context_chunks = 8"),
+        ({"stretches": 2, "pipeline": 2, "schedule": "zb-h1"}, "takes sequences as a whole"),
+        ({"stretches": 2, "context": 2, "context_exchange": "keys"}, "must exchange heads"),
+        ({"stretches": 2, "data": 2, "shard": "gradients"}, "travel by whole micro-batches"),
+    ],
+)
+def test_what_does_not_go_with_stretches_is_refused(layout: dict[str, Any], said: str) -> None:
+    (problem,) = problems_of(run_of(layout))
+    assert said in problem

@@ -29,6 +29,7 @@ RUNS = {
     "compiled_layer.py": ["--json", str(OUTPUT / "compiled_layer.json")],
     "atoms.py": ["--json", str(OUTPUT / "atoms")],
     "long_context.py": ["--json", str(OUTPUT / "long_context.json")],
+    "stretches.py": ["--json", str(OUTPUT / "stretches")],
     "tensor_strips.py": ["--json", str(OUTPUT / "tensor_strips")],
     "documents.py": ["--json", str(OUTPUT / "documents.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],

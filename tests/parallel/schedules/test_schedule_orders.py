@@ -84,7 +84,7 @@ def test_stretches_pass_in_order_and_divide_the_bubble(
     timeline = simulate(programs, lambda action: whole(action) / stretches)
     if virtual == 1:
         assert timeline.bubble == pytest.approx((pipeline - 1) / passages)
-        # SlimPipe, section 4: what a rank keeps is a sequence and a stretch for each later rank.
+        # As in SlimPipe: a rank keeps a sequence, and a stretch for each later rank.
         most = passages if schedule == "gpipe" else min(stretches + pipeline - 1, passages)
         assert timeline.peak_saved[0] == most
     elif stretches >= pipeline:

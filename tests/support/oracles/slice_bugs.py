@@ -122,8 +122,8 @@ def slices_attend_across_documents() -> Iterator[None]:
     """Attention of slices is causal over the whole sequence, as if there were one document."""
     original = ContextParallel.attend
 
-    def across(self: Any, query: Any, key: Any, value: Any, slices: Any, documents: Any) -> Any:
-        return original(self, query, key, value, slices, None)
+    def across(self: Any, query: Any, key: Any, value: Any, slices: Any, _: Any, *rest: Any) -> Any:
+        return original(self, query, key, value, slices, None, *rest)
 
     with mock.patch.object(ContextParallel, "attend", across):
         yield

@@ -45,6 +45,8 @@ class TensorParallel:
     strips: int = 1
     """The strips of a slice's tokens in which layers are computed, a multiple of the group's size,
     beside their communication; 1: they are computed as one."""
+    strips_per_message: int = 1
+    """The strips that travel together, at most."""
 
     @property
     def size(self) -> int:
@@ -107,7 +109,7 @@ class TensorParallel:
         """The cut of this rank's rows of tokens; None: they stay whole."""
         if self.strips == 1:
             return None
-        return Cut(self.group, rows, self.strips // self.size)
+        return Cut(self.group, rows, self.strips // self.size, self.strips_per_message)
 
     def _add(self, partials: Sequence[Tensor]) -> Tensor:
         return (tree_sum if self.shards > 1 else sum_in_order)(partials)

@@ -4,7 +4,8 @@ The products of a linear layer are cut along tokens into as many strips for each
 Those of other ranks' tokens leave while the next are computed, this rank's own come last; where
 tokens arrive, this rank's own come first. (Wang et al. 2023 decompose collectives with their
 products likewise; T3, Pati et al. 2024, does it in hardware.) Matrix products of other lengths may
-have other bits, so the number of strips is a constant of a run, and one rank computes them all.
+have other bits, so the number of strips is a constant of a run, and one rank computes them all. How
+many of them travel in one message is not.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Cut:
     """The rows of one rank's tokens."""
     strips: int
     """Of one rank's tokens."""
+    per_message: int = 1
+    """The strips that travel together, at most."""
 
     @property
     def size(self) -> int:
@@ -79,18 +82,28 @@ class Cut:
     def index(self) -> int:
         return 0 if self.group is None else self.group.index
 
-    def of(self, member: int, strip: int) -> slice:
-        """The rows of a member's strip among those of all ranks."""
+    def of(self, member: int, strips: range) -> slice:
+        """The rows of some of a member's strips, one after another, among those of all ranks."""
         length = self.rows // self.strips
-        first = member * self.rows + strip * length
-        return slice(first, first + length)
+        first = member * self.rows
+        return slice(first + strips.start * length, first + strips.stop * length)
 
-    def rounds(self) -> Iterator[tuple[int, int, int]]:
-        """(member to which this rank sends, member from which it receives, strip), in order."""
+    def each(self, member: int, strips: range) -> list[slice]:
+        """The rows of each of some of a member's strips."""
+        return [self.of(member, range(strip, strip + 1)) for strip in strips]
+
+    @property
+    def messages(self) -> list[range]:
+        """The strips that travel together."""
+        starts = range(0, self.strips, self.per_message)
+        return [range(first, min(first + self.per_message, self.strips)) for first in starts]
+
+    def rounds(self) -> Iterator[tuple[int, int, range]]:
+        """(member to which this rank sends, member from which it receives, strips), in order."""
         for distance in range(1, self.size):
-            for strip in range(self.strips):
+            for strips in self.messages:
                 to, source = self.index + distance, self.index - distance
-                yield to % self.size, source % self.size, strip
+                yield to % self.size, source % self.size, strips
 
     def exchange(self, sent: Tensor, to: int, received: Tensor, source: int) -> Handle:
         """Begin one round."""
@@ -113,28 +126,30 @@ class ArrivingRows:
             value: this rank's rows.
         """
         self._cut, self._all = cut, value
-        self._rounds: deque[tuple[slice, Handle]] = deque()
-        """What has not been waited for."""
+        self._rounds: deque[tuple[Sequence[slice], Handle]] = deque()
+        """The strips that have not been waited for."""
         if cut.group is None:
             return
         self._all = value.new_empty(cut.size * cut.rows, *value.shape[1:])
         self._all[cut.index * cut.rows : (cut.index + 1) * cut.rows].copy_(value)
-        for to, source, strip in cut.rounds():
-            own, rows = self._all[cut.of(cut.index, strip)], cut.of(source, strip)
-            self._rounds.append((rows, cut.exchange(own, to, self._all[rows], source)))
+        for to, source, strips in cut.rounds():
+            own, arriving = (self._all[cut.of(member, strips)] for member in (cut.index, source))
+            handle = cut.exchange(own, to, arriving, source)
+            self._rounds.append((cut.each(source, strips), handle))
 
     @property
     def count(self) -> int:
         return self._all.shape[0]
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
-        for strip in range(self._cut.strips):
-            rows = self._cut.of(self._cut.index, strip)
+        cut = self._cut
+        for rows in cut.each(cut.index, range(cut.strips)):
             yield rows, self._all[rows]
         while self._rounds:
-            rows, handle = self._rounds.popleft()
+            strips, handle = self._rounds.popleft()
             handle.wait()
-            yield rows, self._all[rows]
+            for rows in strips:
+                yield rows, self._all[rows]
 
     def whole(self) -> Tensor:
         while self._rounds:
@@ -149,21 +164,30 @@ def leaving_sums(cut: Cut, product: Product, add: Add) -> Callable[[], Tensor]:
         Gives the sums of this rank's tokens, once all have arrived.
     """
     handles: list[Handle] = []
-    partials: dict[tuple[int, int], Tensor] = {}
-    for to, source, strip in cut.rounds():
-        sent = product(cut.of(to, strip)).contiguous()
-        partials[source, strip] = torch.empty_like(sent)
-        handles.append(cut.exchange(sent, to, partials[source, strip], source))
-    for strip in range(cut.strips):
-        partials[cut.index, strip] = product(cut.of(cut.index, strip))
+    partials: dict[tuple[int, range], Tensor] = {}
+
+    def products(member: int, strips: range) -> Tensor:
+        return _joined([product(rows) for rows in cut.each(member, strips)])
+
+    for to, source, strips in cut.rounds():
+        sent = products(to, strips).contiguous()
+        partials[source, strips] = torch.empty_like(sent)
+        handles.append(cut.exchange(sent, to, partials[source, strips], source))
+    for strips in cut.messages:
+        partials[cut.index, strips] = products(cut.index, strips)
 
     def finish() -> Tensor:
         for handle in handles:
             handle.wait()
-        sums = [
-            add([partials[member, strip] for member in range(cut.size)])
-            for strip in range(cut.strips)
-        ]
-        return sums[0] if len(sums) == 1 else torch.cat(sums)
+        return _joined(
+            [
+                add([partials[member, strips] for member in range(cut.size)])
+                for strips in cut.messages
+            ]
+        )
 
     return finish
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -91,6 +91,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
     },
     "parallel": {axis: Range(1, 2**20) for axis in AXES}
     | {
+        "strips_per_message": Range(1, 2**16),
         "virtual": Range(1, 4096),
         "stretches": Range(1, 2**16),
         "bucket_elements": Range(1, 2**40),

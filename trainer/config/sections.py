@@ -107,6 +107,9 @@ class ParallelConfig(Section, frozen=True):
     """With context > 1: slices travel for heads ("heads"), or keys and values do, all at once
     ("keys") or those of one rank at a time ("ring": fast mode only); "auto": heads where their
     number on a rank divides. In exact mode results do not depend on it."""
+    strips_per_message: int = 1
+    """With numerics.tensor_strips: those that tensor ranks send together, at most. Results do not
+    depend on it."""
     virtual: int = 1
     """Model chunks per pipeline rank."""
     schedule: str = "1f1b"

@@ -112,6 +112,7 @@ def new_chunks(
                 config.parallel.sequence_parallel and group is not None,
                 config.numerics.tensor_shards,
                 config.numerics.tensor_strips,
+                config.parallel.strips_per_message,
             ),
             dtype=PRECISIONS[train.precision].dtype,
             device=device,

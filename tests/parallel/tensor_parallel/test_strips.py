@@ -16,21 +16,23 @@ from support.runs.small_runs import findings_of, make_config, run_training
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("strips", [8])
 def test_ranks_and_one_process_compute_strips_with_the_same_bits(
-    cluster: Cluster, strips: int, precision: str
+    cluster: Cluster, precision: str
 ) -> None:
-    found = []
-    for tensor in (1, 2, 4):
+    """However many travel together: 8 messages of a rank to 1."""
+
+    def trained(tensor: int, per_message: int) -> dict[str, Any]:
         config = make_config(
             model={"layers": 2},
             train={"steps": 3, "seq_len": 64, "global_batch": 2, "precision": precision},
-            numerics={"tensor_shards": 4, "tensor_strips": strips},
-            parallel={"tensor": tensor},
+            numerics={"tensor_shards": 4, "tensor_strips": 16},
+            parallel={"tensor": tensor, "strips_per_message": per_message},
         )
-        found.append(run_training(cluster, config))
-    assert found[1] == found[0]
-    assert found[2] == found[0]
+        return run_training(cluster, config)
+
+    alone = trained(1, 1)
+    for tensor, per_message in ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 3)):
+        assert trained(tensor, per_message) == alone, (tensor, per_message)
 
 
 @pytest.mark.mp

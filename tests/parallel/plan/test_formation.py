@@ -25,9 +25,7 @@ from holdfast.parallel.plan.replan import replan, with_shadows
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import RECEIVES, SENDS, Op, matching_receive
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
-from support.runs.plans import NODES as SCATTERED, check_moves
+from support.runs.plans import NODES as SCATTERED, check_moves, small_layers
 
 MICRO_BATCHES = 12
 NODES = {rank: f"node-{rank // 4}" for rank in range(64)}
@@ -38,21 +36,10 @@ def plan_with(
     tensor: int = 2, context: int = 1, data: int = 2, pipeline: int = 1, virtual: int = 1
 ) -> Plan:
     """A first plan with four tensor shards, eight slices of a sequence, and shadows."""
-    model = ModelConfig(family="llama", layers=4, hidden=32, heads=4, kv_heads=4, vocab=64)
-    layers = layer_specs(
-        model,
-        tensor=tensor,
-        sequence_parallel=True,
-        seq_len=32,
-        micro_batch=1,
-        precision="fp32",
-        recompute="none",
-        shards=4,
-    )
     degrees = {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
     sizes = tuple(degrees.get(axis, 1) for axis in AXES)
     plan = make_plan(
-        layers,
+        small_layers(4, tensor, shards=4, seq_len=32, sequence_parallel=True),
         Mesh(tuple(AXES.values()), sizes, 4, 8, sequence_parallel=True),
         virtual=virtual,
         schedule="interleaved-1f1b" if virtual > 1 else "1f1b",

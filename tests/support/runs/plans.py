@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.block_transfers import plan_block_transfers
 from holdfast.parallel.plan.initial import make_plan
@@ -20,6 +21,22 @@ MICRO_BATCHES = 8
 NODES = {rank: f"node-{rank % 3}" for rank in range(64)}
 
 
+def small_layers(
+    layers: int, tensor: int, *, shards: int = 1, seq_len: int = 16, sequence_parallel: bool = False
+) -> tuple[LayerSpec, ...]:
+    """The layers of a small model, split for `tensor` ranks or `shards` parts."""
+    return layer_specs(
+        ModelConfig(family="llama", layers=layers, hidden=32, heads=4, kv_heads=4, vocab=64),
+        tensor=tensor,
+        sequence_parallel=sequence_parallel,
+        seq_len=seq_len,
+        micro_batch=1,
+        precision="fp32",
+        recompute="none",
+        shards=shards,
+    )
+
+
 @cache
 def first_plan(
     schedule: str = "1f1b",
@@ -30,18 +47,8 @@ def first_plan(
     *,
     sequence_parallel: bool = False,
 ) -> Plan:
-    model = ModelConfig(family="llama", layers=12, hidden=32, heads=4, kv_heads=4, vocab=64)
-    layers = layer_specs(
-        model,
-        tensor=tensor,
-        sequence_parallel=sequence_parallel,
-        seq_len=16,
-        micro_batch=1,
-        precision="fp32",
-        recompute="none",
-    )
     plan = make_plan(
-        layers,
+        small_layers(12, tensor, sequence_parallel=sequence_parallel),
         Mesh.of(tensor=tensor, data=data, pipeline=pipeline),
         virtual=virtual,
         schedule=schedule,

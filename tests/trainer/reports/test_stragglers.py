@@ -13,26 +13,14 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.schedules import TIMED_PHASES
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of
+from support.runs.plans import small_layers
 
 
 def plan_of(data: int, pipeline: int, tensor: int = 1) -> Plan:
-    model = ModelConfig(family="llama", layers=8, hidden=32, heads=4, kv_heads=4, vocab=64)
-    layers = layer_specs(
-        model,
-        tensor=tensor,
-        sequence_parallel=tensor > 1,
-        seq_len=16,
-        micro_batch=1,
-        precision="fp32",
-        recompute="none",
-        shards=tensor,
-    )
     sizes = Mesh.of(tensor=tensor, data=data, pipeline=pipeline).sizes
     return make_plan(
-        layers,
+        small_layers(8, tensor, shards=tensor, sequence_parallel=tensor > 1),
         Mesh(tuple(AXES.values()), sizes, tensor, 1, sequence_parallel=tensor > 1),
         virtual=1,
         schedule="1f1b",

@@ -98,6 +98,8 @@ class LayerSpec:
     """The part that is recomputed in the backward pass, in the model's own words."""
     recompute_flops: float = 0.0
     """Operations of that recomputation for one micro-batch, counted likewise."""
+    attention_flops: float = 0.0
+    """Those of `forward_flops` that grow with a token's place: of queries with the keys before."""
     forward_only: bool = False
     """Whether the backward pass does not use the values of the layer's parameters."""
     vocab_chunk: int = 0

@@ -49,16 +49,23 @@ class RankMemory:
 
 def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], float]:
     """The time of a compute action, by its chunk's operations; a backward takes two forwards."""
-    chunk_flops = [
-        sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
-        / plan.configured_mesh.shards
-        for chunk in range(len(plan.placement))
-    ]
+    chunk_flops, attention_flops = (
+        [
+            sum(getattr(plan.layers[layer], kind) for layer in plan.layers_of(chunk))
+            / plan.configured_mesh.shards
+            for chunk in range(len(plan.placement))
+        ]
+        for kind in ("forward_flops", "attention_flops")
+    )
+    parts = plan.stretches
 
     def cost(action: Action) -> float:
-        parts = 1 if action.stretch is None else plan.stretches
-        whole = chunk_flops[action.chunk] * _BACKWARD_SHARE.get(action.op, 0.0)
-        return whole / parts / flops_per_s
+        flops, attention = chunk_flops[action.chunk], attention_flops[action.chunk]
+        if action.stretch is not None:
+            # A token attends to those before it: as many more as its stretch is later.
+            attention_here = attention * (2 * action.stretch + 1) / parts**2
+            flops = (flops - attention) / parts + attention_here
+        return flops * _BACKWARD_SHARE.get(action.op, 0.0) / flops_per_s
 
     return cost
 

@@ -22,9 +22,11 @@ def legend(timeline: Timeline) -> str:
     used = {action.op for action in actions}
     letters = [f"{op.value} {meaning}" for op, meaning in _MEANINGS.items() if op in used]
     chunk = "; 1F3 is of chunk 1" if _has_chunks(timeline) else ""
+    stretched = any(action.stretch is not None for action in actions)
+    stretch, kept = ("; F3.2 of its stretch 2", "stretches") if stretched else ("", "micro-batches")
     return (
-        f"{', '.join(letters)}; F3 is of micro-batch 3{chunk}; small letters fill up its time, "
-        "dots are idle; peak: micro-batches whose activations a rank keeps at once"
+        f"{', '.join(letters)}; F3 is of micro-batch 3{stretch}{chunk}; small letters fill up its "
+        f"time, dots are idle; peak: {kept} whose activations a rank keeps at once"
     )
 
 

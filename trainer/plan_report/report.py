@@ -130,7 +130,11 @@ class PlanReport:
             ("ranks", f"{mesh.text} = {mesh.size}"),
             ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
             ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
-            ("schedule", f"{plan.schedule}, {counted(plan.virtual, 'chunk')} per rank"),
+            (
+                "schedule",
+                f"{plan.schedule}, {counted(plan.virtual, 'chunk')} per rank"
+                + (f", sequences in {plan.stretches} stretches" if plan.stretches > 1 else ""),
+            ),
             ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
             (
                 "checkpoint",

@@ -46,6 +46,11 @@ def test_a_chart_has_a_legend_of_the_letters_in_it() -> None:
     plain = " ".join(shown().split())
     assert "F forward, B backward; F3 is of micro-batch 3; small letters" in plain
     assert "chunk 1" not in plain + " ".join(shown(parallel={"pipeline": 2}).split())
+    stretches = {"train": {"context_chunks": 2}, "parallel": {"pipeline": 2, "stretches": 2}}
+    text = " ".join(shown(**stretches).split())
+    assert "1f1b, 1 chunk per rank, sequences in 2 stretches" in text
+    assert "F3 is of micro-batch 3; F3.2 of its stretch 2; small letters" in text
+    assert "peak: stretches whose activations" in text
     split = {"pipeline": 2, "virtual": 2, "schedule": "zb-v"}
     chunks = " ".join(shown(parallel=split, model={"layers": 8}).split())
     assert "I backward of the inputs, W backward of the weights; F3" in chunks

@@ -48,6 +48,7 @@ def layer_specs(
             output_bytes=costs.hidden_bytes,
             recompute=how,
             recompute_flops=costs.layer_recompute_flops[how],
+            attention_flops=costs.core_flops,
         )
         for i, how in enumerate(of_layers)
     ]
@@ -248,7 +249,8 @@ class _Costs:
         attention = model.heads * dim
         projected = attention + 2 * model.kv_heads * dim
         weights = model.hidden * (projected + attention + 3 * model.intermediate)
-        self.layer_flops = 2.0 * tokens * weights + 2.0 * tokens * seq_len * attention
+        self.core_flops = 2.0 * tokens * seq_len * attention
+        self.layer_flops = 2.0 * tokens * weights + self.core_flops
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
         hidden_bytes = tokens * model.hidden * size // split
@@ -261,10 +263,9 @@ class _Costs:
             "selective": kept + tokens * size * projected // tensor,
             "full": hidden_bytes,
         }
-        core_flops = 2.0 * tokens * seq_len * attention
         self.layer_recompute_flops = {
             "none": 0.0,
-            "selective": core_flops,
+            "selective": self.core_flops,
             "full": self.layer_flops,
         }
         self.embedding_activation_bytes = 9 * tokens

@@ -166,6 +166,8 @@ def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> No
     while sum(kills.values()) < KILLS or rounds < len(LAYOUTS) + len(IN_PARTS):
         degrees = (*LAYOUTS, *IN_PARTS)[rounds % (len(LAYOUTS) + len(IN_PARTS))]
         parallel = dict(zip(AXES, degrees, strict=True))
+        if degrees in IN_PARTS and parallel["context"] == 1:
+            parallel["stretches"] = 2
         parts = PARTS if degrees in IN_PARTS else {"train": {}}
         sections: dict[str, dict[str, Any]] = {**parts, "train": {"steps": STEPS, **parts["train"]}}
         same_bits = {"tensor": 1 if parts is PARTS else parallel["tensor"]}

@@ -51,8 +51,8 @@ class ContextParallel:
         value: Sequence[Tensor],
         slices: Slices,
         documents: Documents | None,
-        kept: dict[object, Any] | None = None,
-        name: object = None,
+        kept: dict[object, Any],
+        name: object,
     ) -> list[Tensor]:
         """Attention of this rank's slices. Collective over the group.
 
@@ -77,7 +77,8 @@ class ContextParallel:
                 for parts in (key, value)
             )
         attention = sliced_attention
-        if slices.only is not None and kept is not None:
+        if slices.only is not None:
+            assert self.group is None or self.exchange == "heads"  # the configuration says so
             attention = partial(stretch_attention, kept=kept, name=name)
         if self.group is None:
             return attention(query, key, value, work)

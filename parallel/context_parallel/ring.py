@@ -81,13 +81,13 @@ class _Ring:
             own: [2, own slices, batch, kv_heads, length, head_dim]; each rank has as many.
         """
         held, *others = self.sources()
-        for source in (*others, None):
+        for source in others:
             arriving = torch.empty_like(own)
-            handle = None if source is None else self.pass_on(own, arriving)
+            handle = self.pass_on(own, arriving)
             yield work.slices.of(held), own
-            if handle is not None and source is not None:
-                handle.wait()
-                held, own = source, arriving
+            handle.wait()
+            held, own = source, arriving
+        yield work.slices.of(held), own
 
 
 class _RingAttention(torch.autograd.Function):

@@ -82,7 +82,7 @@ class Mesh:
     tensor_shards: int = 1
     """The parts of each layer along the tensor axis, of which each rank holds as many as the
     others; 1: one for each rank."""
-    context_chunks: int = 1
+    slices: int = 1
     """The slices of what passes the layers at once, a sequence or a stretch of it: a multiple of
     the context degree."""
     sequence_parallel: bool = False
@@ -227,14 +227,14 @@ class Mesh:
 
     @property
     def units(self) -> int:
-        """The units of tokens of a sequence."""
-        return self.context_chunks * self.units_of_slice
+        """The units of tokens of what passes the layers at once."""
+        return self.slices * self.units_of_slice
 
     @cached_property
     def token_units(self) -> tuple[tuple[int, ...], ...]:
         """By shard, the tokens of its hidden states between layers, in the order of their rows.
 
-        A unit is the share of a sequence that no replica divides further: a slice, or with sequence
+        A unit is the share of them that no replica divides further: a slice, or with sequence
         parallelism one of its parts.
         """
         each = self.units_of_slice
@@ -243,7 +243,7 @@ class Mesh:
             here = self.along(shard)
             share = each // self.tensor if self.sequence_parallel else each
             first = here["tensor"] * share if self.sequence_parallel else 0
-            chunks, context = self.context_chunks, self["context"]
+            chunks, context = self.slices, self["context"]
             slices = slices_of(chunks, chunks, context, here["context"])
             found.append(
                 tuple(q * each + first + unit for q in slices.own for unit in range(share))

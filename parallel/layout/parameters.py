@@ -100,6 +100,9 @@ class LayerSpec:
     """Operations of that recomputation for one micro-batch, counted likewise."""
     attention_flops: float = 0.0
     """Those of `forward_flops` that grow with a token's place: of queries with the keys before."""
+    keys_bytes: int = 0
+    """Bytes of one micro-batch's keys and values and the sums of their gradients on one shard, at
+    most: what the layer keeps between stretches."""
     forward_only: bool = False
     """Whether the backward pass does not use the values of the layer's parameters."""
     vocab_chunk: int = 0

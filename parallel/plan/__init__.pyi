@@ -19,6 +19,7 @@ from .buffers import (
 from .cost import (
     RankMemory as RankMemory,
     action_cost as action_cost,
+    between_stretches_bytes as between_stretches_bytes,
     peak_activation_bytes as peak_activation_bytes,
     rank_memory as rank_memory,
     replica_timeline as replica_timeline,

@@ -39,7 +39,8 @@ class RankMemory:
     activations: int
     """Activations at the fullest moment of a step."""
     buffers: int
-    """Gradients and messages under way, and layers of shared parameters; see `buffer_bytes`."""
+    """Gradients and messages under way, and layers of shared parameters; see `buffer_bytes`. What
+    attention keeps between stretches."""
 
     @property
     def total(self) -> int:
@@ -205,8 +206,23 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
         chunk: share * plan.activation_bytes(plan.chunk_layers[chunk])
         for chunk in plan.chunks_of(rank)
     }
-    peak = peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__)
-    return int(peak / plan.stretches)
+    return int(peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__))
+
+
+def between_stretches_bytes(plan: Plan, rank: int) -> int:
+    """The most bytes that attention keeps between the stretches of micro-batches. Pure.
+
+    From the first forward of a micro-batch to its last backward, the first stretch's.
+    """
+    if plan.stretches == 1:
+        return 0
+    share = plan.configured_mesh.shards / plan.mesh_of(rank).shards
+    chunk_bytes = {
+        chunk: share * sum(plan.layers[layer].keys_bytes for layer in plan.layers_of(chunk))
+        for chunk in plan.chunks_of(rank)
+    }
+    firsts = tuple(action for action in training_program(plan, rank) if action.stretch == 0)
+    return int(peak_in_flight(firsts, until="input", size=chunk_bytes.__getitem__))
 
 
 def held_elements(plan: Plan, rank: int) -> int:
@@ -254,7 +270,8 @@ def rank_memory(
         gradients=kept_elements(plan, rank, "gradients") * _gradient_bytes(precision, exact),
         optimizer=owned * precision.state.bytes * copies,
         activations=peak_activation_bytes(plan, rank),
-        buffers=buffer_bytes(plan, rank, precision=precision, exact=exact, sent=sent),
+        buffers=buffer_bytes(plan, rank, precision=precision, exact=exact, sent=sent)
+        + between_stretches_bytes(plan, rank),
     )
 
 

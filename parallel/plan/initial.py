@@ -109,6 +109,7 @@ def on_shards(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
             layer,
             activation_bytes=layer.activation_bytes // mesh.copies,
             output_bytes=layer.output_bytes // mesh.copies,
+            keys_bytes=layer.keys_bytes // mesh.copies,
         )
         for layer in layers
     )

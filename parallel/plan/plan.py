@@ -360,9 +360,11 @@ class Plan:
         """The layers of a model chunk."""
         return range(*self.chunk_layers[chunk])
 
-    def activation_bytes(self, layers: tuple[int, int]) -> int:
-        """The bytes that layers [first, second) keep of one micro-batch."""
-        return sum(layer.activation_bytes for layer in self.layers[slice(*layers)])
+    def activation_bytes(self, layers: tuple[int, int]) -> float:
+        """The bytes that layers [first, second) keep of what passes them at once: a micro-batch, or
+        a stretch of it."""
+        whole = sum(layer.activation_bytes for layer in self.layers[slice(*layers)])
+        return whole / self.stretches
 
     def derived(self, name: str, key: Any, make: Callable[[], _T]) -> _T:
         """A value that is computed from the fields once.

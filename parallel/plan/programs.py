@@ -208,7 +208,8 @@ def _entering(plan: Plan, by_replica: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _caps(plan: Plan) -> tuple[int, ...]:
-    """By stage, the most chunk activations that a stage replica may keep if stages differ.
+    """By stage, the most chunk activations that a stage replica may keep if stages differ, each of
+    a whole micro-batch.
 
     A smaller replica may keep as many, though each is larger on its ranks: with fewer it would wait
     for other stages. `Roster.has_room` says whether they fit.
@@ -218,6 +219,7 @@ def _caps(plan: Plan) -> tuple[int, ...]:
     programs = compute_programs(
         plan.schedule, plan.configured_mesh.pipeline, plan.virtual, longest, plan.stretches
     )
-    fullest = max(peak_in_flight(p, size=regular.__getitem__) for p in programs) / plan.stretches
+    fullest = max(peak_in_flight(program, size=regular.__getitem__) for program in programs)
     most = (1 + plan.activation_headroom) * fullest
-    return stage_caps(plan.placement, list(map(plan.activation_bytes, plan.chunk_layers)), most)
+    whole = [plan.stretches * plan.activation_bytes(layers) for layers in plan.chunk_layers]
+    return stage_caps(plan.placement, whole, most)

@@ -31,6 +31,7 @@ from .orders import (
 )
 from .registry import (
     SCHEDULES as SCHEDULES,
+    check_stretches as check_stretches,
     compute_programs as compute_programs,
     forward_only as forward_only,
     placement as placement,

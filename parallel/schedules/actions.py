@@ -65,12 +65,12 @@ class Action:
         return self.chunk, self.micro_batch, self.stretch
 
     @property
-    def passage(self) -> str:
+    def label(self) -> str:
         """What passes the chunk, but for the chunk: the micro-batch, or a stretch of it."""
         return f"{self.micro_batch}" + ("" if self.stretch is None else f".{self.stretch}")
 
     def __str__(self) -> str:
-        text = f"{self.chunk}{self.op.value}{self.passage}"
+        text = f"{self.chunk}{self.op.value}{self.label}"
         if self.peer is None:
             return text
         return f"{text}{'<' if self.op in RECEIVES else '>'}{self.peer}"

@@ -19,7 +19,7 @@ from holdfast.parallel.schedules.simulator import simulate
 _Place = tuple[int, int]
 """Rank and position in its program."""
 _Places = Mapping[tuple[Op, int, str], _Place]
-"""By kind of action, chunk and `Action.passage`."""
+"""By kind of action, chunk and `Action.label`."""
 
 
 def check_programs(
@@ -53,22 +53,22 @@ def check_programs(
             first problem.
     """
     of_each = [""] if stretches == 1 else [f".{stretch}" for stretch in range(stretches)]
-    passages = [f"{micro_batch}{part}" for micro_batch in micro_batches for part in of_each]
-    places = _index(programs, chunks, frozenset(passages), forward_only)
-    pairs = [(chunk, passage) for chunk in range(chunks) for passage in passages]
-    for chunk, passage in pairs:
-        _check_compute(places, chunk, passage, forward_only)
+    labels = [f"{micro_batch}{part}" for micro_batch in micro_batches for part in of_each]
+    places = _index(programs, chunks, frozenset(labels), forward_only)
+    pairs = [(chunk, label) for chunk in range(chunks) for label in labels]
+    for chunk, label in pairs:
+        _check_compute(places, chunk, label, forward_only)
     for chunk, micro_batch in product(range(chunks), micro_batches):
         _check_stretches(places, chunk, [f"{micro_batch}{part}" for part in of_each], forward_only)
     for rank, program in programs.items():
         for position, action in enumerate(program):
             if action.op not in COMPUTE:
                 _check_address(places, rank, position, action)
-    for chunk, passage in pairs:
+    for chunk, label in pairs:
         if chunk > 0:
-            _check_flow(places, Op.FORWARD, chunk - 1, chunk, passage)
+            _check_flow(places, Op.FORWARD, chunk - 1, chunk, label)
             if not forward_only:
-                _check_flow(places, Op.BACKWARD, chunk, chunk - 1, passage)
+                _check_flow(places, Op.BACKWARD, chunk, chunk - 1, label)
     simulate(programs, lambda action: 1.0)
     for rank, program in programs.items():
         limit = cap.get(rank) if isinstance(cap, Mapping) else cap
@@ -87,10 +87,10 @@ def _index(
     places: dict[tuple[Op, int, str], _Place] = {}
     for rank, program in programs.items():
         for position, action in enumerate(program):
-            key = (action.op, action.chunk, action.passage)
+            key = (action.op, action.chunk, action.label)
             if not 0 <= action.chunk < chunks:
                 wrong = f"there is no such chunk, chunks are 0..{chunks - 1}"
-            elif action.passage not in known:
+            elif action.label not in known:
                 wrong = "this is no micro-batch of the step, or stretch of one"
             elif (action.peer is None) != (action.op in COMPUTE):
                 wrong = "messages need a peer, and compute actions have none"
@@ -108,25 +108,25 @@ def _index(
 _FORWARD_OPS = frozenset({Op.FORWARD, Op.SEND_FORWARD, Op.RECEIVE_FORWARD})
 
 
-def _check_compute(places: _Places, chunk: int, passage: str, forward_only: bool) -> None:
+def _check_compute(places: _Places, chunk: int, label: str, forward_only: bool) -> None:
     """Check for one forward, then one backward on the same rank."""
-    forward = places.get((Op.FORWARD, chunk, passage))
+    forward = places.get((Op.FORWARD, chunk, label))
     if forward is None:
-        raise ScheduleError(f"no rank computes {_name(Op.FORWARD, chunk, passage)}")
+        raise ScheduleError(f"no rank computes {_name(Op.FORWARD, chunk, label)}")
     if forward_only:
         return
     whole, split, weight = (
-        places.get((op, chunk, passage))
+        places.get((op, chunk, label))
         for op in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     )
     for extra, op in ((split, Op.BACKWARD_INPUT), (weight, Op.BACKWARD_WEIGHT)):
         if whole is not None and extra is not None:
-            again = _at(extra, _name(op, chunk, passage))
+            again = _at(extra, _name(op, chunk, label))
             raise ScheduleError(f"{again}: the whole backward is there too, at {_where(whole)}")
     if whole is None and (split is None or weight is None):
         missing = "B" if split is None and weight is None else "I" if split is None else "W"
         raise ScheduleError(
-            f"no rank computes {chunk}{missing}{passage}, whose forward is at {_where(forward)}"
+            f"no rank computes {chunk}{missing}{label}, whose forward is at {_where(forward)}"
         )
     place = whole if split is None else split
     assert place is not None
@@ -139,23 +139,21 @@ def _check_compute(places: _Places, chunk: int, passage: str, forward_only: bool
     for (first, before), (second, after) in pairwise(sequence):
         if after[0] != before[0]:
             raise ScheduleError(
-                f"{_at(after, _name(second, chunk, passage))}: "
-                f"{_name(first, chunk, passage)} is on another rank, at {_where(before)}"
+                f"{_at(after, _name(second, chunk, label))}: "
+                f"{_name(first, chunk, label)} is on another rank, at {_where(before)}"
             )
-        _check_order((first, chunk), before, (second, chunk), after, passage)
+        _check_order((first, chunk), before, (second, chunk), after, label)
 
 
 def _check_stretches(
-    places: _Places, chunk: int, passages: Sequence[str], forward_only: bool
+    places: _Places, chunk: int, labels: Sequence[str], forward_only: bool
 ) -> None:
     """Check that the stretches of a micro-batch pass a chunk in order, on one rank."""
-    for before, after in pairwise(passages):
-        forwards = [_computed(places, Op.FORWARD, chunk, passage) for passage in (before, after)]
+    for before, after in pairwise(labels):
+        forwards = [_computed(places, Op.FORWARD, chunk, label) for label in (before, after)]
         _check_in_turn(chunk, (before, *forwards[0]), (after, *forwards[1]))
         if not forward_only:
-            backwards = [
-                _computed(places, Op.BACKWARD, chunk, passage) for passage in (after, before)
-            ]
+            backwards = [_computed(places, Op.BACKWARD, chunk, label) for label in (after, before)]
             _check_in_turn(chunk, (after, *backwards[0]), (before, *backwards[1]))
 
 
@@ -163,11 +161,11 @@ def _check_in_turn(
     chunk: int, first: tuple[str, Op, _Place], second: tuple[str, Op, _Place]
 ) -> None:
     """Check that two stretches pass a chunk on one rank, the first before the second."""
-    (passage, op, before), (next_passage, next_op, after) = first, second
+    (label, op, before), (next_label, next_op, after) = first, second
     if before[0] != after[0] or before[1] > after[1]:
         raise ScheduleError(
-            f"{_at(after, _name(next_op, chunk, next_passage))}: "
-            f"{_name(op, chunk, passage)} must come before it on the same rank; it is at "
+            f"{_at(after, _name(next_op, chunk, next_label))}: "
+            f"{_name(op, chunk, label)} must come before it on the same rank; it is at "
             f"{_where(before)}"
         )
 
@@ -175,8 +173,8 @@ def _check_in_turn(
 def _check_address(places: _Places, rank: int, position: int, action: Action) -> None:
     """Check that a message goes between the ranks of its two chunks, and that these differ."""
     neighbour = action.chunk + (1 if action.op in (Op.SEND_FORWARD, Op.RECEIVE_BACKWARD) else -1)
-    own = places[Op.FORWARD, action.chunk, action.passage][0]
-    other = places.get((Op.FORWARD, neighbour, action.passage))
+    own = places[Op.FORWARD, action.chunk, action.label][0]
+    other = places.get((Op.FORWARD, neighbour, action.label))
     if other is None:
         wrong = f"there is no chunk {neighbour} to exchange it with"
     elif own != rank:
@@ -184,63 +182,63 @@ def _check_address(places: _Places, rank: int, position: int, action: Action) ->
     elif other[0] == rank:
         wrong = "both chunks are on this rank and need no message"
     elif other[0] != action.peer:
-        wrong = f"the peer must be rank {other[0]}, which computes {neighbour}F{action.passage}"
+        wrong = f"the peer must be rank {other[0]}, which computes {neighbour}F{action.label}"
     else:
         return
     raise ScheduleError(f"{_at((rank, position), action)}: {wrong}")
 
 
-def _check_flow(places: _Places, direction: Op, source: int, target: int, passage: str) -> None:
+def _check_flow(places: _Places, direction: Op, source: int, target: int, label: str) -> None:
     """Check that a value is made, sent, received and used, in this order."""
-    made_op, made = _computed(places, direction, source, passage)
-    used_op, used = _computed(places, direction, target, passage)
+    made_op, made = _computed(places, direction, source, label)
+    used_op, used = _computed(places, direction, target, label)
     if made[0] == used[0]:
-        _check_order((made_op, source), made, (used_op, target), used, passage)
+        _check_order((made_op, source), made, (used_op, target), used, label)
         return
     send = Op.SEND_FORWARD if direction is Op.FORWARD else Op.SEND_BACKWARD
     receive = RECEIVED_AS[send]
-    sent = places.get((send, source, passage))
-    received = places.get((receive, target, passage))
+    sent = places.get((send, source, label))
+    received = places.get((receive, target, label))
     for place, op, chunk, near_op, near in (
         (sent, send, source, made_op, made),
         (received, receive, target, used_op, used),
     ):
         if place is None:
             raise ScheduleError(
-                f"{_at(near, _name(near_op, chunk, passage))}: its "
-                f"{_name(op, chunk, passage)} is missing, though the neighbouring chunk is on "
+                f"{_at(near, _name(near_op, chunk, label))}: its "
+                f"{_name(op, chunk, label)} is missing, though the neighbouring chunk is on "
                 "another rank"
             )
     assert sent is not None
     assert received is not None
-    _check_order((made_op, source), made, (send, source), sent, passage)
-    _check_order((receive, target), received, (used_op, target), used, passage)
+    _check_order((made_op, source), made, (send, source), sent, label)
+    _check_order((receive, target), received, (used_op, target), used, label)
 
 
 def _check_order(
-    first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, passage: str
+    first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, label: str
 ) -> None:
     """Check that two actions of one rank, given as (op, chunk), come in this order."""
     if before[1] > after[1]:
         raise ScheduleError(
-            f"{_at(after, _name(*second, passage))}: comes before "
-            f"{_name(*first, passage)} at {_where(before)}, which it needs"
+            f"{_at(after, _name(*second, label))}: comes before "
+            f"{_name(*first, label)} at {_where(before)}, which it needs"
         )
 
 
-def _computed(places: _Places, direction: Op, chunk: int, passage: str) -> tuple[Op, _Place]:
-    place = places.get((direction, chunk, passage))
+def _computed(places: _Places, direction: Op, chunk: int, label: str) -> tuple[Op, _Place]:
+    place = places.get((direction, chunk, label))
     if place is not None:
         return direction, place
-    return Op.BACKWARD_INPUT, places[Op.BACKWARD_INPUT, chunk, passage]
+    return Op.BACKWARD_INPUT, places[Op.BACKWARD_INPUT, chunk, label]
 
 
 def _where(place: _Place) -> str:
     return f"rank {place[0]}, position {place[1]}"
 
 
-def _name(op: Op, chunk: int, passage: str) -> str:
-    return f"{chunk}{op.value}{passage}"
+def _name(op: Op, chunk: int, label: str) -> str:
+    return f"{chunk}{op.value}{label}"
 
 
 def _at(place: _Place, action: Action | str) -> str:

@@ -83,4 +83,4 @@ def _row(spans: tuple[ActionSpan, ...], columns: int, scale: float, several: boo
 
 def _label(action: Action, several: bool) -> str:
     chunk = str(action.chunk) if several else ""
-    return f"{chunk}{action.op.value}{action.passage}"
+    return f"{chunk}{action.op.value}{action.label}"

@@ -12,7 +12,7 @@ is simulated, all as data and without torch or a process group:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from holdfast.parallel.errors import ScheduleError, number_fault, unknown_name
 from holdfast.parallel.schedules.actions import Program
@@ -66,16 +66,36 @@ def compute_programs(
     """
     found = _checked(schedule, pipeline, virtual)
     _check_count("micro_batches", micro_batches)
-    _check_count("parallel.stretches", stretches)
     if stretches == 1:
         return found.programs(pipeline, virtual, micro_batches)
-    if found.stretched is None:
+    return _stretched(schedule, stretches)(pipeline, virtual, micro_batches, stretches)
+
+
+def check_stretches(schedule: str, stretches: int) -> None:
+    """Check that sequences may pass in so many stretches.
+
+    Args:
+        schedule: a name in `SCHEDULES`.
+    Raises:
+        ScheduleError: the schedule takes them as a whole, or the number is below 1.
+    """
+    _check_count("parallel.stretches", stretches)
+    if stretches > 1:
+        _stretched(schedule, stretches)
+
+
+def _stretched(
+    schedule: str, stretches: int
+) -> Callable[[int, int, int, int], tuple[Program, ...]]:
+    _check_count("parallel.stretches", stretches)
+    found = SCHEDULES[schedule].stretched
+    if found is None:
         able = ", ".join(name for name, other in SCHEDULES.items() if other.stretched)
         raise ScheduleError(
             f"parallel.stretches = {stretches}: parallel.schedule = {schedule!r} takes sequences "
             f"as a whole; use one of {able}, or set parallel.stretches = 1"
         )
-    return found.stretched(pipeline, virtual, micro_batches, stretches)
+    return found
 
 
 def forward_only(

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from holdfast.parallel.plan.cost import peak_activation_bytes, replica_timeline
+from holdfast.parallel.offload import estimate_offload
+from holdfast.parallel.plan.cost import (
+    between_stretches_bytes,
+    peak_activation_bytes,
+    replica_timeline,
+)
+from holdfast.trainer.check.tiny import tiny_config
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster
@@ -68,11 +75,16 @@ def test_activations_of_stretches_are_offloaded(cluster: Cluster) -> None:
 
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["concatenated", "documents"])
-def test_stretches_equal_autograd_in_float64(cluster: Cluster, packing: str) -> None:
+@pytest.mark.parametrize(
+    ("packing", "recompute"), [("concatenated", "full"), ("documents", "none")]
+)
+def test_stretches_equal_autograd_in_float64(
+    cluster: Cluster, packing: str, recompute: str
+) -> None:
     layout = {"stretches": 2, "pipeline": 2, **INTERLEAVED}
     config = in_slices(tiny(layout, {}), 4, packing)
-    assert findings_of(cluster, config) == []
+    train = msgspec.structs.replace(config.train, recompute=recompute)
+    assert findings_of(cluster, msgspec.structs.replace(config, train=train)) == []
 
 
 DISTURBED: dict[str, Any] = {
@@ -97,6 +109,7 @@ def expected(cluster: Cluster) -> dict[str, Any]:
         {"pipeline": 2, "data": 2, "stretches": 4},
         {"pipeline": 2, "data": 2, "stretches": 8, **INTERLEAVED},
         {"pipeline": 2, "tensor": 2, "data": 2, "stretches": 4},
+        {"pipeline": 2, "context": 2, "data": 2, "stretches": 2},
     ],
     ids=str,
 )
@@ -127,6 +140,48 @@ def test_a_plan_tells_of_the_smaller_bubble_and_memory(layout: dict[str, Any]) -
     busy = [replica_timeline(plan).busy for plan in (whole, parts)]
     assert busy[1] == pytest.approx(busy[0])
     assert peak_activation_bytes(parts, 0) < peak_activation_bytes(whole, 0) / 2
+    # Two layers of hidden 32 and two sequences of 64 tokens: keys, values, and sums of both.
+    assert between_stretches_bytes(whole, 0) == 0
+    assert between_stretches_bytes(parts, 0) == 2 * 2 * (2 * 64 * 32 * (4 + 4))
+
+
+def test_an_estimate_of_offload_counts_stretches_as_parts() -> None:
+    sent = [
+        estimate_offload(
+            plan_of(run_of({"pipeline": 2, "schedule": "gpipe", "stretches": count})),
+            0,
+            most_share=1.0,
+            flops_per_s=1e12,
+            drive_bytes_per_s=0.0,
+        )
+        for count in (1, 8)
+    ]
+    assert sent[1].written_bytes == sent[0].written_bytes
+    assert sent[1].needed_bytes_per_s == pytest.approx(sent[0].needed_bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"stretches": 2, "pipeline": 2},
+        {"stretches": 2, "context": 4},
+        {"stretches": 2, "context": 2, "tensor": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chunks", [8, 16])
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_a_check_of_slices_is_a_legal_run(
+    layout: dict[str, Any], chunks: int, reduction: str
+) -> None:
+    config = make_config(
+        model={"layers": 4, "heads": 8, "kv_heads": 8, "hidden": 64},
+        train={"seq_len": 512, "context_chunks": chunks},
+        numerics={"tensor_strips": 4, "reduction": reduction},
+        parallel=layout,
+    )
+    assert list(problems_of(config)) == []
+    assert list(problems_of(tiny_config(config, 2))) == []
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ class ActivationRecorder:
         """Record outputs of shape float[rows, batch, hidden], and their gradients, as `name`."""
 
         def forward_hook(_: nn.Module, __: object, output: object) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # a backward pass computes it again
             for one in output if isinstance(output, list) else [output]:
                 if isinstance(one, Tensor) and one.ndim == 3 and one.shape[-1] == hidden:
                     self._keep(name, one)
@@ -89,8 +91,6 @@ class ActivationRecorder:
     def _keep(self, name: str, output: Tensor) -> None:
         key = (name, self._current())
         found = self._capture.outputs.setdefault(key, {})
-        if len(found) == len(self._own):
-            return  # a recomputed forward pass
         number = self._own[len(found)]
         found[number] = output.detach().clone()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import msgspec
 
 from holdfast.trainer.config import DataConfig, RunConfig
 from holdfast.trainer.models import family_of
+from holdfast.trainer.step import context_exchange
 
 FRACTION_BITS = 54
 """The resolution is 5.6e-17, the range +-512. So the rounding of exact mode stays below that of
@@ -32,9 +35,13 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     micro_batch = min(train.micro_batch, 2)
     rows = wanted * micro_batch
     parts = config.tensor_parts
-    unit = parts * train.context_chunks
+    exchange = context_exchange(config) if parallel.context > 1 else parallel.context_exchange
+    divisor = parts * parallel.context if exchange == "heads" else parts
+    tiny = family_of(model.family).tiny(model, parts, sum(layers), divisor)
+    unit = lcm(parts, config.numerics.tensor_strips) * train.context_chunks
     seq_len = -(-max(8, 4 * parts) // unit) * unit
-    tiny = family_of(model.family).tiny(model, parts, sum(layers))
+    if train.context_chunks > 1:  # exact mode has slices of whole vectors
+        seq_len = lcm(seq_len, 8 * train.context_chunks)
     return msgspec.structs.replace(
         config,
         model=msgspec.structs.replace(tiny, max_seq_len=max(tiny.max_seq_len, seq_len)),
@@ -65,6 +72,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         parallel=msgspec.structs.replace(
             parallel,
             backend="gloo",
+            context_exchange=exchange,
             blocks_per_chunk=layers if parallel.blocks_per_chunk else [],
         ),
         log=msgspec.structs.replace(config.log, trace_steps=[], tensorboard=False),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from holdfast.parallel.errors import ConfigError, ScheduleError, shown
 from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS
-from holdfast.parallel.schedules import SCHEDULES, placement
+from holdfast.parallel.schedules import SCHEDULES, check_stretches, placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems
@@ -274,13 +274,11 @@ def _stretches(config: RunConfig) -> Iterator[str]:
             f"rank, but {count} x parallel.context = {count * context} does not divide "
             f"train.context_chunks = {train.context_chunks}; change one of them"
         )
-    found = SCHEDULES.get(parallel.schedule)
-    if found is not None and found.stretched is None:
-        able = ", ".join(name for name, other in SCHEDULES.items() if other.stretched)
-        yield (
-            f"parallel.stretches = {count}: parallel.schedule = {parallel.schedule!r} takes "
-            f"sequences as a whole; use one of {able}, or set parallel.stretches = 1"
-        )
+    if parallel.schedule in SCHEDULES:  # of another name others tell
+        try:
+            check_stretches(parallel.schedule, count)
+        except ScheduleError as error:
+            yield str(error)
     if context > 1 and (
         parallel.context_exchange not in ("auto", "heads")
         or config.model.heads % (config.tensor_parts * context)

@@ -106,7 +106,8 @@ class ParallelConfig(Section, frozen=True):
     context_exchange: Literal["auto", "heads", "keys", "ring"] = "auto"
     """With context > 1: slices travel for heads ("heads"), or keys and values do, all at once
     ("keys") or those of one rank at a time ("ring": fast mode only); "auto": heads where their
-    number on a rank divides. In exact mode results do not depend on it."""
+    number on a rank divides, else keys, or in fast mode the ring. In exact mode results do not
+    depend on it."""
     strips_per_message: int = 1
     """With numerics.tensor_strips: those that tensor ranks send together, at most. Results do not
     depend on it."""

@@ -124,8 +124,9 @@ class Family(Generic[M]):
     """The differences between a section and a `config.json`, key and line of each: what the model
     here computes otherwise. A key of `config.json` that [model] lacks has `config.json:` before
     it."""
-    tiny: Callable[[M, int, int], M]
-    """(section, parts, layers) -> a section of small sizes that divide as before."""
+    tiny: Callable[[M, int, int, int], M]
+    """(section, parts, layers, divisor of heads, a multiple of parts) -> a section of small sizes
+    that divide as before."""
     tensor_share: Callable[[M, int], M]
     """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None

@@ -8,7 +8,7 @@ from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
 
 STRIP_S = 2e-4
-"""What a strip costs beside its products: messages of that many more parts."""
+"""What a further message of each exchange costs."""
 _LEAST_TOKENS = 64
 """Of a strip: products of fewer are slow."""
 _MOST = 64
@@ -23,12 +23,15 @@ class StripsPlan:
     strips: int
     """The configured number."""
     best: int
+    per_message: int
+    """The strips that travel together, at most."""
 
     def seconds(self, strips: int) -> float:
         """With so many strips: all but the first or the last are beside the others' messages."""
         longer = max(self.computed_s, self.exchanged_s)
         shorter = min(self.computed_s, self.exchanged_s)
-        return longer + shorter / strips + STRIP_S * (strips - 1)
+        messages = -(-strips // self.per_message)
+        return longer + shorter / messages + STRIP_S * (messages - 1)
 
     @property
     def text(self) -> str:
@@ -59,6 +62,7 @@ def strips_plan(
         exchanged_s=4 * (mesh.tensor - 1) * layer.output_bytes / link_bytes_per_s,
         strips=config.numerics.tensor_strips,
         best=1,
+        per_message=config.parallel.strips_per_message,
     )
     tokens = train.seq_len // train.context_chunks
     possible = [

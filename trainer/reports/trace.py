@@ -72,7 +72,7 @@ def trace_events(
             arguments["stretch"] = action.stretch
         if action.peer is not None:
             arguments["peer"] = action.peer
-        name = f"{action.op.value}{action.passage}"
+        name = f"{action.op.value}{action.label}"
         events.append(_slice(name, rank, _LANES[lane], start, stop, clock_s, arguments))
     return events
 

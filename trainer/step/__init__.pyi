@@ -25,6 +25,7 @@ from .partial_sums import (
     keeps_sums as keeps_sums,
 )
 from .planning import (
+    context_exchange as context_exchange,
     device_copies as device_copies,
     layers_of_config as layers_of_config,
     plan_of as plan_of,

@@ -424,7 +424,7 @@ class Training:
 
     @property
     def _last_losses(self) -> Losses | None:
-        """The loss sums by micro-batch, of the model's last chunk; None if it is elsewhere."""
+        """The loss sums of what has passed the model's last chunk; None if it is elsewhere."""
         last = self._runners.get(len(self.plan.placement) - 1)
         return None if last is None else last.losses
 

@@ -97,7 +97,7 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
     train = config.train
     shards = min(config.numerics.tensor_shards, _TOKENS - 1)
     strips = gcd(_TOKENS - 1, config.numerics.tensor_strips)
-    model = family_of(config.model.family).tiny(config.model, shards, 1)
+    model = family_of(config.model.family).tiny(config.model, shards, 1, shards)
     model = msgspec.structs.replace(model, max_seq_len=max(model.max_seq_len, _TOKENS))
     rows = min(train.micro_batch, 2)
     chunk = build_whole_model(

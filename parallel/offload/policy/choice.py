@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload.policy.estimate import estimate_offload
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, between_stretches_bytes
 
 Ways = Mapping[str, tuple[LayerSpec, ...]]
 """The ways to recompute, by name: all layers of the model under each; equal in all else."""
@@ -80,13 +80,16 @@ def choose_layers(
 
 
 def _kept_bytes(plan: Plan, rank: int, layers: Sequence[LayerSpec], rates: Rates) -> int:
-    return estimate_offload(
-        plan.evolved(layers=tuple(layers)),
+    """The activations that a rank keeps, with what attention keeps between stretches."""
+    chosen = plan.evolved(layers=tuple(layers))
+    sent = estimate_offload(
+        chosen,
         rank,
         most_share=rates.most_share,
         flops_per_s=rates.flops_per_s,
         drive_bytes_per_s=rates.drive_bytes_per_s,
-    ).activations
+    )
+    return sent.activations + between_stretches_bytes(chosen, rank)
 
 
 def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Switch]:

@@ -57,7 +57,7 @@ def estimate_offload(
         (plan.layers[layer].activation_bytes for held in layers.values() for layer in held),
         default=0,
     )
-    window = window_of(max(chunk_bytes.values(), default=0))
+    window = window_of(int(max(chunk_bytes.values(), default=0)))
     kept = min(peak, int(peak * (1 - share) + window * (1 + share)) + largest)
     return OffloadEstimate(
         share=share,

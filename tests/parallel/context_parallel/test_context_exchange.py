@@ -55,7 +55,9 @@ def attended(
     for _ in range(2):  # buffers are used again, and nothing of the first time is left in them
         leaves = [[part.clone().requires_grad_() for part in parts] for parts in given]
         query, key, value = leaves
-        outputs = ContextParallel(group, exchange).attend(query, key, value, own, documents)
+        outputs = ContextParallel(group, exchange).attend(
+            query, key, value, own, documents, {}, None
+        )
         torch.autograd.backward(outputs, gradients)
     return {
         number: [

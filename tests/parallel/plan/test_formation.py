@@ -96,7 +96,7 @@ def check(plan: Plan) -> None:
                 assert forward == set(plan.micro_batches_of(stage, replica))
                 units = {unit // mesh.parts for unit in smaller.token_units[shard]}
                 done.update(product(forward, units, plan.parts_of(rank)))
-        slices = mesh.context_chunks
+        slices = mesh.slices
         assert done == Counter(product(range(MICRO_BATCHES), range(slices), range(mesh.parts)))
     for block in (block for blocks in plan.blocks for block in blocks):
         owner = plan.owner(block.key)

@@ -129,7 +129,7 @@ def differences(model: TokenMLPConfig, described: Mapping[str, Any]) -> Iterator
         yield "model.hidden", line
 
 
-def tiny(model: TokenMLPConfig, tensor: int, layers: int) -> TokenMLPConfig:
+def tiny(model: TokenMLPConfig, tensor: int, layers: int, divisor: int) -> TokenMLPConfig:
     return msgspec.structs.replace(model, layers=layers, hidden=8, vocab=12, max_seq_len=8)
 
 

@@ -11,15 +11,17 @@ from holdfast.trainer.models.section import ModelConfig
 _HEAD_DIM = 4
 
 
-def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
+def tiny(model: ModelConfig, tensor: int, layers: int, divisor: int) -> ModelConfig:
     """A model of `layers` layers with small sizes that divide by `tensor` as before. Pure.
+
+    Its heads divide by `divisor`, a multiple of `tensor`.
 
     These stay: head grouping, the distribution of key and value heads over tensor ranks, whether
     the vocabulary divides evenly, tied embeddings, dropout.
     """
     kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
     group = min(model.heads // model.kv_heads, 2)
-    while (kv_heads * group) % tensor:
+    while (kv_heads * group) % divisor:
         group += 1
     heads = kv_heads * group
     return msgspec.structs.replace(

@@ -49,6 +49,7 @@ def layer_specs(
             recompute=how,
             recompute_flops=costs.layer_recompute_flops[how],
             attention_flops=costs.core_flops,
+            keys_bytes=costs.keys_bytes,
         )
         for i, how in enumerate(of_layers)
     ]
@@ -254,6 +255,8 @@ class _Costs:
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
         hidden_bytes = tokens * model.hidden * size // split
+        # Each head has a copy of its keys where slices do not divide these (context_parallel).
+        self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
         core_bytes = tokens * size * (projected + 2 * attention) // tensor
         mlp_bytes = tokens * size * 4 * model.intermediate // tensor
         kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor

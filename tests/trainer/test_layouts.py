@@ -68,6 +68,8 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"data": 4, "shard": "gradients", "shard_group": 2}, {"tie_embeddings": True}),
     ({"tensor": 2, "data": 2, "shard": "parameters"}, {"tie_embeddings": True}),
     ({"pipeline": 2, "data": 2, "schedule": "zb-h1", "shard": "parameters"}, {}),
+    ({"tensor": 2, "data": 2, "shard": "gradients"}, {"kv_heads": 1}),
+    ({"tensor": 4, "data": 2, "shard": "parameters"}, {"kv_heads": 2}),
 ]
 
 

@@ -103,7 +103,8 @@ class GradientSharing:
         self._pieces = {
             layer: {
                 keeper: tuple(_pieces(buffer, found.parameters, spans))
-                for keeper, spans in found.shares.items()
+                for keeper in group.ranks
+                if (spans := found.taken(keeper, rank))
             }
             for layer, found in shares.items()
         }
@@ -240,24 +241,34 @@ class GradientSharing:
             (place, peer, order[place][1])
             for place in range(longest)
             for peer, order in self._orders.items()
-            if place < len(order) and self._rank in self._pieces.get(order[place][1], {})
+            if place < len(order) and self._takes(peer, order[place][1])
         ]
         left = Counter(layer for _, _, layer in awaited)
         for layer, found in self._shares.items():
+            self._accumulator.clear_kept(found.whole)
             if not left[layer]:
                 self._accumulator.clear_kept(found.shares.get(self._rank, ()))
                 step.on_complete(found.parameters)
         flags = torch.zeros((), dtype=torch.int64, device=self._device)
         begun: set[int] = set()
         for layer, gradient in self._arriving(step, awaited):
-            spans = self._shares[layer].shares[self._rank]
+            found = self._shares[layer]
+            spans, count = found.shares.get(self._rank, ()), found.elements(self._rank)
             for of_slice in gradient.chunk(len(self._accumulator.slices.own)):
-                self._accumulator.add_kept(spans, of_slice, flags, first=layer not in begun)
+                shared, own = of_slice[:count], of_slice[count:]
+                self._accumulator.add_kept(spans, shared, flags, first=layer not in begun)
+                if own.numel():
+                    self._accumulator.add_kept(found.whole, own, flags, first=False)
                 begun.add(layer)
             left[layer] -= 1
             if not left[layer]:
                 step.on_complete(self._shares[layer].parameters)
         return int(flags)
+
+    def _takes(self, peer: int, layer: int) -> bool:
+        """Whether this rank adds something of a peer's gradients of a layer."""
+        shares = self._shares.get(layer)
+        return shares is not None and bool(shares.taken(self._rank, peer))
 
     def _arriving(
         self, step: _Step, awaited: Sequence[tuple[int, int, int]]

@@ -6,7 +6,7 @@ description. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -32,6 +32,14 @@ class LayerShares:
     """The part of the flat index space that the layer's parameters have."""
     shares: Mapping[int, tuple[Span, ...]]
     """Keeper -> its blocks, as joined places in the flat index space, ascending."""
+    whole: tuple[Span, ...] = ()
+    """The rows that other parts have too, beside shared rows of a parameter: each rank keeps the
+    sums of its own gradients of these."""
+
+    def taken(self, keeper: int, sender: int) -> tuple[Span, ...]:
+        """What a keeper adds of a sender's gradients to its sums."""
+        spans = self.shares.get(keeper, ())
+        return (*spans, *self.whole) if keeper == sender else spans
 
     def elements(self, keeper: int) -> int:
         """The number of elements that a rank keeps."""
@@ -63,8 +71,10 @@ def layer_shares(
     members = frozenset(shard_group(plan, rank, kept).ranks)
     spans: dict[int, dict[int, list[Span]]] = {}
     parameters: dict[int, dict[nn.Parameter, None]] = {}
+    whole: dict[nn.Parameter, list[Span]] = {}
     for segment, block in placed_blocks(plan, buffer.segments):
         if kept == "gradients" and is_whole(plan, block):
+            whole.setdefault(segment.parameter, []).append(span_of(block, segment))
             continue
         (keeper,) = members.intersection(keepers(plan, block, kept, segment.layer))
         of_layer = spans.setdefault(segment.layer, {})
@@ -75,13 +85,15 @@ def layer_shares(
             layer,
             tuple(found),
             _place(buffer, found),
-            {
-                keeper: joined(sorted(places, key=lambda span: span.start))
-                for keeper, places in sorted(spans[layer].items())
-            },
+            {keeper: _ascending(places) for keeper, places in sorted(spans[layer].items())},
+            _ascending(span for parameter in found for span in whole.get(parameter, ())),
         )
         for layer, found in parameters.items()
     }
+
+
+def _ascending(spans: Iterable[Span]) -> tuple[Span, ...]:
+    return joined(sorted(spans, key=lambda span: span.start))
 
 
 def _place(buffer: ParameterBuffer, parameters: Collection[nn.Parameter]) -> Span:

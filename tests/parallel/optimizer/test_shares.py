@@ -33,7 +33,13 @@ PLANS = pytest.mark.parametrize(
     ("layout", "tied", "lost"),
     [
         (layout, tied, lost)
-        for layout in ("shared in groups", "shared", "shared over stages", "data")
+        for layout in (
+            "shared in groups",
+            "shared",
+            "shared over stages",
+            "shared beside copied heads",
+            "data",
+        )
         for tied in (False, True)
         for lost in (False, True)
     ],
@@ -90,6 +96,22 @@ def test_the_ranks_of_a_group_know_each_other_s_shares(
             for share in theirs.values():
                 for span in share.shares.get(member, ()):
                     assert here.has(span.start, span.stop)
+
+
+@PLANS
+def test_each_gradient_of_a_shared_parameter_is_taken_once(
+    layout: str, tied: bool, lost: bool
+) -> None:
+    """Rows of keys that other parts have too stand beside a part's own rows of queries."""
+    plan = made(layout, tied, lost)
+    for rank in placed(plan):
+        buffer = buffer_of(plan, rank)
+        members = shard_group(plan, rank, "gradients").ranks
+        for shares in layer_shares(plan, rank, buffer, "gradients").values():
+            spans = [span for keeper in members for span in shares.taken(keeper, rank)]
+            times = Counter(place for span in spans for place in range(span.start, span.stop))
+            places = [buffer.place(parameter) for parameter in shares.parameters]
+            assert times == Counter(place for a, b in places for place in range(a, b))
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared in groups": {"data": 4, "shard": "parameters", "shard_group": 2},
     "shared": {"data": 3, "tensor": 2, "shard": "parameters"},
     "shared over stages": {"data": 4, "pipeline": 2, "shard": "gradients", "shard_group": 2},
+    "shared beside copied heads": {"data": 2, "tensor": 4, "shard": "gradients", "kv_heads": 2},
 }
 
 
@@ -35,7 +36,13 @@ def plan_of(layout: str, *, tied: bool) -> Plan:
     virtual, schedule = sizes.pop("virtual", 1), sizes.pop("schedule", "1f1b")
     shard, group = sizes.pop("shard", "optimizer"), sizes.pop("shard_group", 0)
     model = ModelConfig(
-        family="llama", layers=4, hidden=24, heads=4, kv_heads=4, vocab=70, tie_embeddings=tied
+        family="llama",
+        layers=4,
+        hidden=24,
+        heads=4,
+        kv_heads=sizes.pop("kv_heads", 4),
+        vocab=70,
+        tie_embeddings=tied,
     )
     layers = layer_specs(
         model,

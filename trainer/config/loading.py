@@ -118,7 +118,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(
                 f"{name} = {shown(keys)} is a key outside a section; write it as [{name}]"
             )
-        known = [field.name for field in msgspec.structs.fields(sections[name])]
+        known = sections[name].__struct_fields__
         for key in keys:
             if key not in known:
                 advice = key_advice(name, _cut(key), known)
@@ -184,7 +184,7 @@ def _converted(table: Mapping[str, Any], chosen: Mapping[str, type[Any]]) -> Run
     bases: Mapping[str, type[Any]] = {"model": ModelConfig, "optimizer": OptimizerConfig}
     plain = dict(table)
     for name in chosen.keys() & table.keys():
-        shared = {field.name for field in msgspec.structs.fields(bases[name])}
+        shared = bases[name].__struct_fields__
         plain[name] = {key: value for key, value in table[name].items() if key in shared}
     config = converted(plain, RunConfig)
     for name in chosen.keys() & table.keys():

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from holdfast.parallel.errors import shown
 from holdfast.parallel.layout import AXES
 
@@ -150,12 +148,11 @@ _FAULT: Mapping[str, Range] = {
 
 def range_problems(config: RunConfig) -> Iterator[str]:
     """One line per number outside its range: the key, its value, what is allowed. Pure."""
-    for section in msgspec.structs.fields(type(config)):
-        values = getattr(config, section.name)
-        table = RANGES.get(section.name, {})
-        for field in msgspec.structs.fields(type(values)):
-            name, value = f"{section.name}.{field.name}", getattr(values, field.name)
-            yield from _problems(name, value, table.get(field.name, Range(-math.inf, math.inf)))
+    for section in config.__struct_fields__:
+        values, table = getattr(config, section), RANGES.get(section, {})
+        for key in values.__struct_fields__:
+            allowed = table.get(key, Range(-math.inf, math.inf))
+            yield from _problems(f"{section}.{key}", getattr(values, key), allowed)
     for number, fault in enumerate(config.elastic.chaos):
         for key, allowed in _FAULT.items():
             yield from _problems(f"elastic.chaos[{number}].{key}", getattr(fault, key), allowed)

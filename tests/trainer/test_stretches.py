@@ -27,14 +27,13 @@ LAYOUTS: list[dict[str, Any]] = [
     {"stretches": 4, "pipeline": 4},
     {"stretches": 8, "pipeline": 2, "data": 2, **INTERLEAVED},
     {"stretches": 2, "pipeline": 2, "virtual": 2, "schedule": "gpipe"},
-    {"stretches": 4, "pipeline": 2, "tensor": 2},
     {"stretches": 2, "pipeline": 2, "context": 2, "context_exchange": "heads"},
     {"stretches": 2, "pipeline": 2, "context": 2, "tensor": 2},
 ]
 
 
 def run_of(layout: dict[str, Any], **sections: Any) -> Any:
-    train = {"steps": 2, "global_batch": 6, "seq_len": 64, "context_chunks": 8, "eval_every": 2}
+    train = {"steps": 2, "global_batch": 4, "seq_len": 64, "context_chunks": 8, "eval_every": 2}
     return make_config(
         model={"layers": 4, "kv_heads": 2, **sections.pop("model", {})},
         train={**train, **sections.pop("train", {})},

@@ -259,5 +259,8 @@ def test_what_nobody_needs_is_passed_over() -> None:
 def test_a_program_says_what_comes_back_when_and_what_at_once() -> None:
     text = "0F0 0F1 0SEND_F1>1 0RECV_B0<1 0I0 0F2 0SEND_F2>1 0I2 0W0 0B1 0W2"
     program = tuple(Action.parse(action) for action in text.split())
-    assert backward_order(program) == [(0, 0), (0, 2), (0, 1)]
-    assert reversed_at_once(program) == {(0, 2)}
+    assert backward_order(program) == [(0, 0, None), (0, 2, None), (0, 1, None)]
+    assert reversed_at_once(program) == {(0, 2, None)}
+    stretched = tuple(Action.parse(action) for action in ["0F3.0", "0F3.1", "0B3.1", "0B3.0"])
+    assert backward_order(stretched) == [(0, 3, 1), (0, 3, 0)]
+    assert reversed_at_once(stretched) == {(0, 3, 1)}

@@ -20,6 +20,7 @@ from torch.distributed import Store
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from harness import status_bytes
 from holdfast.checkpoint import Checkpointer
 
 COLUMNS = 1024
@@ -229,7 +230,7 @@ def loop(
             saving.finish()
         dist.barrier()
         ended = time.perf_counter() - began
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = status_bytes("VmHWM")
     return {"blocked": blocked, "loop": looped, "end": ended, "peak": peak}
 
 

@@ -43,6 +43,17 @@ class Measurement:
         return f"{min(self.times_s) * 1e3:.1f}..{max(self.times_s) * 1e3:.1f}"
 
 
+def status_bytes(name: str) -> int:
+    """A size of this process, by its name in /proc/self/status: VmRSS, or VmHWM, the highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+
+
+def forget_highest() -> None:
+    """Have VmHWM begin again at VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def alternate(
     contestants: Mapping[str, Callable[[], float]], repetitions: int
 ) -> list[Measurement]:

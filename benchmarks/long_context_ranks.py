@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.distributed import Store
 
+from harness import forget_highest, status_bytes
 from holdfast.trainer.config import convert_config
 from holdfast.trainer.step import open_training
 from holdfast.trainer.worlds import local_world
@@ -69,8 +69,8 @@ def measure(
     training = open_training(config, local_world(rank, ranks), store)
     taken = Taken()
     for step in range(sizes.repetitions + 1):
-        Path("/proc/self/clear_refs").write_text("5")
-        before, start, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
+        forget_highest()
+        before, start, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
         training.compute(step)
         outcome = training.vote(*training.reduce())
         training.apply(1e-4)
@@ -78,11 +78,6 @@ def measure(
         if step:
             taken.seconds.append(time.perf_counter() - start)
             taken.cpu_s.append(time.process_time() - cpu)
-            taken.bytes = max(taken.bytes, _status("VmHWM") - before)
+            taken.bytes = max(taken.bytes, status_bytes("VmHWM") - before)
         taken.losses.append(outcome.loss.hex())
     return taken
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

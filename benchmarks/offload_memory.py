@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from harness import forget_highest, status_bytes
 from holdfast.parallel.offload.stores.disk_store import DiskStore
 from holdfast.trainer.step.training import Training
 
@@ -18,7 +18,7 @@ class Memory:
 
     def __init__(self, device: torch.device, training: Training | None = None) -> None:
         self._device, self._training = device, training
-        self._before = (self._in_use(), _of_status("VmRSS"))
+        self._before = (self._in_use(), status_bytes("VmRSS"))
         self._highest = 0
         self._ended = threading.Event()
 
@@ -33,14 +33,14 @@ class Memory:
 
     def highest(self, step: Callable[[], None]) -> tuple[int, int]:
         """The highest in use and resident memory of a step."""
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_highest()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             step()
             in_use = torch.cuda.max_memory_allocated()
         else:
             in_use = self._sampled(step)
-        return in_use - self._before[0], _of_status("VmHWM") - self._before[1]
+        return in_use - self._before[0], status_bytes("VmHWM") - self._before[1]
 
     def _sampled(self, step: Callable[[], None]) -> int:
         self._ended.clear()
@@ -79,10 +79,3 @@ class _MallocInformation(ctypes.Structure):
 
 _mallinfo = ctypes.CDLL(None).mallinfo2
 _mallinfo.restype = _MallocInformation
-
-
-def _of_status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)

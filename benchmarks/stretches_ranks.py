@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import Store
 
 from executor import SHAPE, make_sleeps_exact, sleep_until
+from harness import forget_highest, status_bytes
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline import Executor, MessageShape, Passage, receive_order
 from holdfast.parallel.schedules import compute_programs, placement, with_messages
@@ -156,16 +156,11 @@ def train(
     training = open_training(config, local_world(rank, ranks), store)
     taken = Taken(0, "")
     for step in range(2):
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        forget_highest()
+        before = status_bytes("VmRSS")
         training.compute(step)
         outcome = training.vote(*training.reduce())
         training.apply(1e-4)
         training.finish_gather()
-        taken = Taken(_status("VmHWM") - before, outcome.loss.hex())
+        taken = Taken(status_bytes("VmHWM") - before, outcome.loss.hex())
     return taken
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

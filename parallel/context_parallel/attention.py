@@ -23,7 +23,7 @@ from holdfast.parallel.context_parallel.kernels import (
     attend_backward,
     merge,
 )
-from holdfast.parallel.context_parallel.pieces import Index, Piece, pieces_of
+from holdfast.parallel.context_parallel.pieces import Piece, pieces_of
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Documents
 
@@ -90,6 +90,11 @@ class _SlicedAttention(torch.autograd.Function):
         return None, *reversed(by_query), *(part for parts in of_slices for part in parts)
 
 
+def stacked(key: Sequence[Tensor], value: Sequence[Tensor]) -> Tensor:
+    """The slices of keys and of values: [2, slices, batch, kv_heads, length, head_dim]."""
+    return torch.stack([torch.stack(list(parts)) for parts in (key, value)])
+
+
 def slice_forward(work: Work, number: int, query: Tensor, keys: Tensor, values: Tensor) -> Attended:
     """The attention of one slice."""
     place = work.slices.tokens(number).start
@@ -118,7 +123,13 @@ class KeyGradients:
         )
 
     def add(
-        self, gradient: Tensor, query: Tensor, attended: Attended, keys: Index, *, causal: bool
+        self,
+        gradient: Tensor,
+        query: Tensor,
+        attended: Attended,
+        keys: tuple[int | slice, ...],
+        *,
+        causal: bool,
     ) -> Tensor:
         """Add what some queries give to some keys. Returns the gradient by the queries."""
         found = attend_backward(

@@ -25,6 +25,7 @@ from holdfast.parallel.context_parallel.attention import (
     slice_backward,
     slice_forward,
     sliced_attention,
+    stacked,
 )
 from holdfast.parallel.context_parallel.kernels import Attended
 from holdfast.parallel.context_parallel.ring import ring_attention
@@ -190,7 +191,7 @@ def _gathered(
     slices: Slices, group: Communicator, key: Sequence[Tensor], value: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The keys and values of all slices: [batch, kv_heads, seq, head_dim] each. Collective."""
-    mine = torch.stack([torch.stack(list(parts)) for parts in (key, value)])
+    mine = stacked(key, value)
     received = [
         mine.new_empty(2, len(slices.of(rank)), *mine.shape[2:]) for rank in range(group.size)
     ]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holdfast.parallel.comm import Communicator, Handle
-from holdfast.parallel.context_parallel.attention import Work
-from holdfast.parallel.context_parallel.kernels import Attended, attend, attend_backward, merge
+from holdfast.parallel.context_parallel.attention import KeyGradients, Work, stacked
+from holdfast.parallel.context_parallel.kernels import Attended, attend, merge
 from holdfast.parallel.context_parallel.pieces import Index
 
 
@@ -61,10 +62,6 @@ class _Ring:
 
     group: Communicator
 
-    def sources(self) -> list[int]:
-        """The rank whose keys are here, round by round."""
-        return [(self.group.index - n) % self.group.size for n in range(self.group.size)]
-
     def pass_on(self, sent: Tensor, received: Tensor) -> Handle:
         """Send to the next rank, and receive from the one before."""
         size, index, none = self.group.size, self.group.index, sent.new_empty(0)
@@ -80,13 +77,13 @@ class _Ring:
         Args:
             own: [2, own slices, batch, kv_heads, length, head_dim]; each rank has as many.
         """
-        held, *others = self.sources()
-        for source in others:
+        size, held = self.group.size, self.group.index
+        for _ in range(size - 1):
             arriving = torch.empty_like(own)
             handle = self.pass_on(own, arriving)
             yield work.slices.of(held), own
             handle.wait()
-            held, own = source, arriving
+            held, own = (held - 1) % size, arriving
         yield work.slices.of(held), own
 
 
@@ -96,7 +93,7 @@ class _RingAttention(torch.autograd.Function):
         own = work.slices.own
         query, key, value = (tensors[n * len(own) : (n + 1) * len(own)] for n in range(3))
         found: list[Attended | None] = [None] * len(own)
-        for numbers, both in _Ring(group).rounds(_stacked(key, value), work):
+        for numbers, both in _Ring(group).rounds(stacked(key, value), work):
             for place, number in enumerate(own):
                 # Its own first: no query has none of them.
                 for other, keys, values in reversed(list(zip(numbers, *both, strict=True))):
@@ -115,41 +112,29 @@ class _RingAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # recomputed ones may be asked for once
         query, key, value = (saved[n * len(own) : (n + 1) * len(own)] for n in range(3))
         found = [Attended(*saved[n : n + 2]) for n in range(3 * len(own), len(saved), 2)]
-        stacked = _stacked(key, value)
-        wide = stacked.dtype if stacked.element_size() >= 4 else torch.float32
-        by_query = [torch.zeros_like(part, dtype=wide) for part in query]
-        total = torch.zeros_like(stacked, dtype=wide)
-        arriving: Handle | None = None
-        for numbers, both in ring.rounds(stacked, work):
-            given = torch.zeros_like(total)
-            for place, number in enumerate(own):
-                for at, (other, keys, values) in enumerate(zip(numbers, *both, strict=True)):
-                    for part in parts_of(work, number, other):
-                        added = attend_backward(
-                            gradients[place][part.queries],
-                            query[place][part.queries],
-                            keys[part.keys],
-                            values[part.keys],
-                            Attended(*(one[part.queries] for one in found[place])),
-                            causal=part.causal,
-                        )
-                        by_query[place][part.queries] += added.query
-                        given[0, at][part.keys] += added.key
-                        given[1, at][part.keys] += added.value
+        own_keys = stacked(key, value)
+        total, arriving = torch.zeros_like(own_keys, dtype=found[0].logsumexp.dtype), None
+        by_query = [torch.zeros_like(part, dtype=total.dtype) for part in query]
+        for numbers, both in ring.rounds(own_keys, work):
+            sums = KeyGradients(*both)
+            for (place, number), (at, other) in product(enumerate(own), enumerate(numbers)):
+                for part in parts_of(work, number, other):
+                    by_query[place][part.queries] += sums.add(
+                        gradients[place][part.queries],
+                        query[place][part.queries],
+                        Attended(*(one[part.queries] for one in found[place])),
+                        (at, *part.keys),
+                        causal=part.causal,
+                    )
             if arriving is not None:
                 arriving.wait()
-            given += total
+            given = torch.stack(sums.both).add_(total)
             total = torch.empty_like(given)
             arriving = ring.pass_on(given, total)
-        if arriving is not None:
-            arriving.wait()
-        narrow = [part.to(stacked.dtype) for part in by_query]
-        return None, None, *narrow, *total[0].to(stacked.dtype), *total[1].to(stacked.dtype)
-
-
-def _stacked(key: Sequence[Tensor], value: Sequence[Tensor]) -> Tensor:
-    """[2, slices, batch, kv_heads, length, head_dim]"""
-    return torch.stack([torch.stack(list(parts)) for parts in (key, value)])
+        assert arriving is not None
+        arriving.wait()
+        narrow = [part.to(own_keys.dtype) for part in (*by_query, *total[0], *total[1])]
+        return None, None, *narrow
 
 
 def _attended(

@@ -71,12 +71,11 @@ def interleaved(
     """Interleaved 1F1B (Narayanan et al. 2021, section 2.2) for any number of micro-batches.
 
     Micro-batches go through the chunks in groups of `pipeline`, or of as many as have that many
-    stretches. The published warm-up deadlocks
-    after a smaller group (Megatron and torch refuse such numbers). Here the remaining micro-batches
-    join the groups, one each, if there are enough groups: at most one more micro-batch is then in
-    flight, and the bubble stays that of full groups. Otherwise they form a smaller first group, in
-    the order of a full one without the missing micro-batches: leaving actions out of a sound order
-    keeps it sound.
+    stretches. The published warm-up deadlocks after a smaller group (Megatron and torch refuse such
+    numbers). Here the remaining micro-batches join the groups, one each, if there are enough
+    groups: at most one more micro-batch is then in flight, and the bubble stays that of full
+    groups. Otherwise they form a smaller first group, in the order of a full one without the
+    missing micro-batches: leaving actions out of a sound order keeps it sound.
     """
     if virtual == 1:
         return one_forward_one_backward(index, pipeline, micro_batches, stretches)

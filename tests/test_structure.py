@@ -37,6 +37,7 @@ WIDE = {
     "trainer.config.sections.ElasticConfig": "A field for each key",
     "trainer.config.sections.ParallelConfig": "A field for each key",
     "trainer.config.sections.TrainConfig": "A field for each key",
+    "trainer.reports.metrics.StepMetrics": "with a field for each key",
     "trainer.models.section.ModelConfig": "A field for each key",
     "trainer.step.training.Training": "so it has an attribute for each",
 }

@@ -71,7 +71,7 @@ def train(
 
     Raises:
         NumericsError: a step's gradients were unusable, and numerics.nonfinite is "error".
-        Diverged: the gradients of numerics.nonfinite_limit steps in a row were unusable.
+        Diverged: too many steps in a row were not applied; see `end_divergence`.
         CheckpointError: the last step could not be saved.
         PeerLost: another worker is gone.
         Stopped: a signal ended the run early; its state is saved.
@@ -181,7 +181,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
             for straggler in stragglers:
                 reporter.straggler(step + 1, straggler)
     with training.busy("report"):
-        if outcome.usable:
+        if outcome.has_numbers:
             reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
         if checkpoints.after_step(step + 1, outcome):
             reporter.checkpoint_skipped(step + 1)
@@ -269,8 +269,12 @@ def refuse(config: RunConfig, step: int, outcome: Outcome) -> str:
     """The reason for which a step, counted from 0, was not applied.
 
     Raises:
-        NumericsError: numerics.nonfinite is "error".
+        NumericsError: the gradients are unusable, and numerics.nonfinite is "error".
     """
+    if outcome.spike:
+        message = f"step {step + 1} is a spike and was not applied: {outcome.spike}"
+        logger.warning("%s", message)
+        return message
     if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
         reason = "a gradient or the loss is not finite"
     elif outcome.out_of_range_ranks:
@@ -290,12 +294,14 @@ def end_divergence(config: RunConfig, step: int, outcome: Outcome) -> None:
     """End a run that has skipped steps for too long.
 
     Raises:
-        Diverged: the step, counted from 0, is the last of numerics.nonfinite_limit in a row.
+        Diverged: the step, counted from 0, is the last of numerics.nonfinite_limit in a row, or of
+            numerics.spike_limit if it is a spike.
     """
-    limit = config.numerics.nonfinite_limit
+    key = "spike_limit" if outcome.spike else "nonfinite_limit"
+    limit = getattr(config.numerics, key)
     if limit and outcome.skipped >= limit:
         raise Diverged(
             f"step {step + 1}: {outcome.skipped} steps in a row were not applied "
-            f"(numerics.nonfinite_limit = {limit}), so the run has diverged; go on from an earlier "
+            f"(numerics.{key} = {limit}), so the run has diverged; go on from an earlier "
             "checkpoint with a lower optimizer.lr, or check the data"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -118,6 +119,12 @@ def fifty_steps(**sections: dict[str, Any]) -> RunConfig:
 @pytest.fixture(scope="module")
 def plain_loop() -> list[StepRecord]:
     """What fifty lines of PyTorch give."""
+    return plain_records()
+
+
+def plain_records(
+    skips: Callable[[list[StepRecord]], bool] = lambda records: False,
+) -> list[StepRecord]:
     config = fifty_steps()
     model, train, optimizer = config.model, config.train, config.optimizer
     plain = PlainLlama(
@@ -146,7 +153,9 @@ def plain_loop() -> list[StepRecord]:
         half = (optimizer.lr - optimizer.min_lr) / 2
         return optimizer.min_lr + half * (1 + math.cos(math.pi * part))
 
-    return train_plainly(plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch)
+    return train_plainly(
+        plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch, skips=skips
+    )
 
 
 @pytest.mark.mp
@@ -161,6 +170,32 @@ def test_fifty_steps_equal_a_plain_loop(
     config = fifty_steps(numerics={"reduction": reduction}, parallel=layout)
     ours = run_training(cluster, config)
     for record, loss, norm in zip(plain_loop, ours["losses"], ours["norms"], strict=True):
+        assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
+        assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_fifty_steps_without_spikes_equal_a_plain_loop_with_olmo_s_rule(cluster: Cluster) -> None:
+    skipped = []
+
+    def skips(records: list[StepRecord]) -> bool:
+        """`SkipStepOptimizer.get_step_factor` of OLMo-core, for what is above the mean."""
+        *before, last = records[-9:]
+        if len(before) < 4:
+            return False
+        for name in ("loss", "grad_norm"):
+            std, mean = torch.std_mean(torch.tensor([getattr(r, name) for r in before]))
+            if (getattr(last, name) - mean) / std > 1.25:
+                skipped.append(len(records))
+                return True
+        return False
+
+    plain = plain_records(skips)
+    guard = {"spike_window": 8, "spike_sigmas": 1.25}
+    ours = run_training(cluster, fifty_steps(numerics=guard, parallel={"data": 2}))
+    assert 3 < len(skipped) < 25
+    for record, loss, norm in zip(plain, ours["losses"], ours["norms"], strict=True):
         assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
         assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)
 

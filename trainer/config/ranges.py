@@ -84,6 +84,9 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
     "numerics": {
         "fraction_bits": Range(8, 60),
         "nonfinite_limit": Range(0, _COUNT),
+        "spike_window": Range(4, 4096, or_zero=True),
+        "spike_sigmas": Range(0, 1e6, is_open=True),
+        "spike_limit": Range(0, _COUNT),
         "tensor_shards": Range(1, 2**10),
         "tensor_strips": Range(1, 2**16),
     },

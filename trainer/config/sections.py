@@ -79,13 +79,20 @@ class OptimizerConfig(Section, frozen=True):
 
 
 class NumericsConfig(Section, frozen=True):
-    """The summation of gradients."""
+    """The summation of gradients, and the steps that are left out."""
 
     reduction: Literal["exact", "fast"] = "exact"
     fraction_bits: int = 44
     nonfinite: Literal["error", "skip"] = "error"
     nonfinite_limit: int = 10
     """Steps skipped in a row that end the run; 0: none do."""
+    spike_window: int = 0
+    """The steps before with which a step's loss and gradient norm are compared, to leave it out if
+    they stand out; 0: no step is left out for that."""
+    spike_sigmas: float = 6.0
+    """The standard deviations above the mean of these steps that make a step a spike."""
+    spike_limit: int = 10
+    """Steps skipped in a row of which the last is a spike, that end the run; 0: none do."""
     tensor_shards: int = 1
     """The parts of each layer's matrices, whose partial sums are added in one order for any tensor
     degree that divides them; 1: as many as tensor ranks, in their order."""

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any, Protocol
 
+import msgspec
 from torch.distributed import DistError, Store
 
 from holdfast.elastic import Generation, MembershipEvent
 from holdfast.parallel.comm import Operation
 from holdfast.parallel.errors import PeerLost, TooFewRanks
 from holdfast.parallel.plan import Plan, plan_from_data, plan_to_data
-from holdfast.parallel.reading import parse_json
+from holdfast.parallel.reading import decode_json, parse_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.transition import (
@@ -44,7 +45,14 @@ from holdfast.trainer.elastic.worker_status import (
     plan_recovery,
     status_to_data,
 )
-from holdfast.trainer.step import UNKNOWN_MEMORY, DeviceMemory, Training, rate_of, room_of
+from holdfast.trainer.step import (
+    UNKNOWN_MEMORY,
+    DeviceMemory,
+    RecentSteps,
+    Training,
+    rate_of,
+    room_of,
+)
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -258,6 +266,7 @@ class Recovery:
                 recovery,
                 self._active_plan(recovery, store),
                 redundancy=self._config.elastic.redundancy,
+                recent=self._recent_steps(recovery, store),
                 has_room=room_of(self._config, recovery.rank_bytes),
             )
             edits = drives.clock()
@@ -332,8 +341,9 @@ class Recovery:
         if training is None:
             return
         progress = training.progress
-        if progress.decided < recovery.steps:
-            progress.decided, progress.outcome = recovery.steps, recovery.outcome
+        if progress.decided < recovery.steps and recovery.outcome is not None:
+            window = self._config.numerics.spike_window
+            progress.decide(recovery.steps, recovery.outcome, window)
         if progress.updated < progress.decided:
             training.protect(None)
             training.update(rate_of(self._config, progress.decided - 1))
@@ -348,6 +358,16 @@ class Recovery:
         if self._rank == recovery.holders[0] and recovery.fresh:
             store.set("plan", json.dumps(plan_to_data(self.training.plan)))
         return self.training.plan
+
+    def _recent_steps(self, recovery: RecoveryPlan, store: Store) -> RecentSteps:
+        """What the holders' guard of spikes remembers; the first tells the ranks without state."""
+        if not recovery.holders or not self._config.numerics.spike_window:
+            return RecentSteps()
+        if self.training is None:
+            return decode_json(await_word(store, "recent", self._drives.interruption), RecentSteps)
+        if self._rank == recovery.holders[0] and recovery.fresh:
+            store.set("recent", msgspec.json.encode(self.training.progress.recent).decode())
+        return self.training.progress.recent
 
 
 def _log(change: CompletedChange) -> None:

@@ -163,7 +163,7 @@ class ElasticSession:
             return
         parts = self._parts()
         with parts.training.busy("report"):
-            if outcome.usable:
+            if outcome.has_numbers:
                 lr = rate_of(self._config, steps - 1)
                 parts.reporter.step(steps - 1, outcome, lr, (), None, None)
             if steps > parts.checkpoints.committed_step:

@@ -6,6 +6,7 @@ The active training stays unchanged, so that a failed attempt can begin again. E
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -92,7 +93,7 @@ class TrainingBuilder:
         with building:
             training = Training(self._config, self._rank, self._device, transition.after, groups)
         step = self._loader.load(training, store, transition.generation, sound_until=sound_until)
-        training.progress = StepProgress(decided=step, updated=step)
+        training.progress = replace(training.progress, decided=step, updated=step)
         moved = fill_shadows(training, groups.control, transition.failure_domains)
         return Built(training, step, moved)
 
@@ -153,7 +154,11 @@ def _take_step(training: Training, transition: Transition, active: Training | No
         # All ranks have all parameters, though an attempt that failed may have begun to gather.
         training.model.arrival.cancel()
     training.progress = StepProgress(
-        recovery.steps, recovery.outcome, recovery.steps, filled=not after.incoming
+        recovery.steps,
+        recovery.outcome,
+        recovery.steps,
+        filled=not after.incoming,
+        recent=transition.recent,
     )
     included = included_after_change(before, after, recovery.included, recovery.fresh)
     if included:

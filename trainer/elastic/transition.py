@@ -16,9 +16,11 @@ from holdfast.parallel.plan import (
     with_shadows,
 )
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
+from holdfast.trainer.step import RecentSteps
 
 WITHIN_STEP = "within a step"
 BETWEEN_STEPS = "between steps"
+_NONE_RECENT = RecentSteps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Transition:
     """The plan by which the holders' state is laid out; the configured plan if no rank holds
     state."""
     after: Plan
+    recent: RecentSteps = _NONE_RECENT
+    """What the holders' guard of spikes remembers."""
 
     @property
     def failure_domains(self) -> Mapping[int, str]:
@@ -56,12 +60,14 @@ def plan_transition(
     before: Plan,
     *,
     redundancy: int,
+    recent: RecentSteps = _NONE_RECENT,
     has_room: Callable[[Plan, int], bool] | None = None,
 ) -> Transition:
     """Plan for the ranks of a new generation.
 
     Args:
         redundancy: the number of shadows of each block.
+        recent: what the holders' guard of spikes remembers.
         has_room: whether a rank's memory suffices for a plan; see `Roster.has_room`.
     """
     roster = Roster(recovery.staying, generation.failure_domains, recovery.fresh, has_room)
@@ -84,4 +90,4 @@ def plan_transition(
             redundancy=redundancy,
             move_layers=move_layers,
         )
-    return Transition(generation, recovery, before, after)
+    return Transition(generation, recovery, before, after, recent)

@@ -15,7 +15,7 @@ from holdfast.trainer.reports.offload_metrics import OffloadMetrics
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One committed step; a line of metrics.jsonl."""
+    """One committed step; a line of metrics.jsonl, with a field for each key."""
 
     step: int
     """Counted from 1."""
@@ -32,12 +32,15 @@ class StepMetrics:
     generation: int
     offload: OffloadMetrics | None = None
     """Given if activations are offloaded; otherwise the line has no such key."""
+    skipped: str = ""
+    """"spike" if the step was left out as one; otherwise the line has no such key."""
 
     def line(self) -> bytes:
         """The line of the file; numbers that JSON lacks become null."""
         fields: dict[str, Any] = asdict(self)
-        if self.offload is None:
-            fields.pop("offload")
+        for name in ("offload", "skipped"):
+            if not fields[name]:
+                fields.pop(name)
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in fields.items()

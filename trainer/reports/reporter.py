@@ -110,6 +110,8 @@ class Reporter:
         extra = {"memory/max_active(GiB)": memory_gib}
         if mfu is not None:
             extra["mfu(%)"] = 100 * mfu
+        if self._training.config.numerics.spike_window:
+            extra["optim/step_skipped"] = float(bool(outcome.spike))
         if eval_loss is not None:
             extra["validation_metrics/loss"] = eval_loss
             self._records.event(
@@ -137,6 +139,7 @@ class Reporter:
             tokens_per_s=tokens / step_s,
             world=plan.stage_replicas.size,
             generation=plan.generation,
+            skipped="spike" if outcome.spike else "",
             offload=self._offloaded(step, step_s),
         )
 
@@ -193,6 +196,7 @@ class Reporter:
             nonfinite_ranks=outcome.nonfinite_ranks,
             out_of_range_ranks=outcome.out_of_range_ranks,
             in_a_row=outcome.skipped,
+            **({"loss": outcome.loss, "grad_norm": outcome.grad_norm} if outcome.spike else {}),
             reason=reason,
         )
         self._note(reason)

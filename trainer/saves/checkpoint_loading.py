@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import torch
@@ -12,6 +13,7 @@ from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.loading import LoadStatistics, Targets
 from holdfast.checkpoint.stores import checkpoint_at
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import of_kind
 from holdfast.trainer.run import (
     CERTIFICATE,
     RunDirectory,
@@ -20,6 +22,7 @@ from holdfast.trainer.run import (
     has_state,
 )
 from holdfast.trainer.step import (
+    RecentSteps,
     Training,
     TrainingState,
     state_format,
@@ -27,6 +30,29 @@ from holdfast.trainer.step import (
     weights_only,
 )
 from holdfast.trainer.terms import certificate_note, same_work
+
+RECENT = "recent_steps"
+"""The scalar of a manifest that has what a guard of spikes remembers."""
+
+
+def recent_to_data(recent: RecentSteps) -> dict[str, Any]:
+    """The scalars of a manifest for the steps that a guard remembers; none without a guard. Pure.
+
+    JSON has a number's shortest text that gives the same bits again.
+    """
+    return {RECENT: msgspec.to_builtins(recent)} if recent.losses else {}
+
+
+def recent_from_data(scalars: Mapping[str, Any], place: str) -> RecentSteps:
+    """The steps that `recent_to_data` wrote; none where a run without a guard made the checkpoint.
+
+    Raises:
+        CheckpointError: they are no such steps.
+    """
+    try:
+        return of_kind(scalars.get(RECENT, {}), RecentSteps)
+    except ValueError as error:
+        raise CheckpointError(f"{place}/manifest.json: {RECENT}: {error}") from error
 
 
 class CheckpointLoading:
@@ -79,12 +105,15 @@ class CheckpointLoading:
             )
         now, allowed = training.data.fingerprint, self._run.resume.allow_change
         check_same_data(manifest, now, place, allow_change=allowed)
+        recent = recent_from_data(manifest.scalars, place)
         if said := self._other_certificate(manifest, place):
             note(said)
         if not has_state(manifest, state_format(self._training.config)):
             training.optimizer.restart()
+            training.progress.recent = RecentSteps()
             return 0
         training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
+        training.progress.recent = recent
         return manifest.step
 
     def _other_certificate(self, manifest: Manifest, place: str) -> str:

@@ -33,7 +33,7 @@ from holdfast.trainer.run import (
     memory_root,
     set_aside_newer,
 )
-from holdfast.trainer.saves.checkpoint_loading import CheckpointLoading
+from holdfast.trainer.saves.checkpoint_loading import CheckpointLoading, recent_to_data
 from holdfast.trainer.saves.save_policy import SaveDecision, SavePolicy, SaveProgress
 from holdfast.trainer.step import (
     Outcome,
@@ -214,6 +214,7 @@ class Checkpoints:
                 "seed": config.train.seed,
                 FINGERPRINT: training.data.fingerprint,
                 CERTIFICATE: json.dumps(self._certificate),
+                **recent_to_data(training.progress.recent),
             },
             config=msgspec.to_builtins(anchored(config)),
             versions=software_versions(),

@@ -10,10 +10,6 @@ from .build import (
 from .construction import (
     open_split as open_split,
 )
-from .hooks import (
-    AtPhase as AtPhase,
-    no_hook as no_hook,
-)
 from .learning_rate import (
     rate_of as rate_of,
 )
@@ -33,9 +29,12 @@ from .planning import (
     shadows_in_host_memory as shadows_in_host_memory,
 )
 from .progress import (
+    AtPhase as AtPhase,
     Outcome as Outcome,
+    RecentSteps as RecentSteps,
     Requests as Requests,
     StepProgress as StepProgress,
+    no_hook as no_hook,
 )
 from .saved_tensors import (
     renumbered as renumbered,

@@ -1,8 +1,15 @@
-"""The values of a vote's outcome and of a rank's progress."""
+"""The values of a vote's outcome and of a rank's progress, and the hook by which it is followed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from msgspec import Meta
+
+from holdfast.parallel.schedules import StepPhase
+
+_Numbers = Annotated[tuple[float, ...], Meta(max_length=4096)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +56,41 @@ class Outcome:
     """The number of ranks that leave at the next change."""
     skipped: int = 0
     """The steps up to this one that were not usable, in a row."""
+    spike: str = ""
+    """What makes the step a spike, which is not applied; empty: it is none."""
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the loss and norm are those of a sound step, which is applied or is a spike."""
+        return not (self.nonfinite_ranks or self.out_of_range_ranks) and self.grad_norm > 0
 
     @property
     def usable(self) -> bool:
         """Whether the step may be applied."""
-        return not (self.nonfinite_ranks or self.out_of_range_ranks) and self.grad_norm > 0
+        return self.has_numbers and not self.spike
+
+
+@dataclass(frozen=True, slots=True)
+class RecentSteps:
+    """The losses and gradient norms of the last steps, oldest first: part of a run's state.
+
+    Steps with numbers that are not finite are not among them.
+    """
+
+    losses: _Numbers = ()
+    grad_norms: _Numbers = ()
+
+    def after(self, outcome: Outcome, window: int) -> RecentSteps:
+        """These after one more step.
+
+        Args:
+            window: the number of steps that are remembered; 0: none.
+        """
+        if not window or not outcome.has_numbers:
+            return self
+        return RecentSteps(
+            (*self.losses, outcome.loss)[-window:], (*self.grad_norms, outcome.grad_norm)[-window:]
+        )
 
 
 @dataclass(slots=True)
@@ -70,3 +107,34 @@ class StepProgress:
     """Whether its parameters are those after `updated` steps: all blocks have been gathered."""
     filled: bool = True
     """Whether the last vote said that all state incoming under the active plan has arrived."""
+    recent: RecentSteps = RecentSteps()
+    """The last of the decided steps, as far as a guard of spikes remembers them."""
+
+    def decide(self, steps: int, outcome: Outcome, window: int) -> None:
+        """Take the outcome of the last of `steps` steps, from a vote or from other ranks.
+
+        Args:
+            window: the steps that a guard of spikes remembers.
+        """
+        self.decided, self.outcome = steps, outcome
+        self.recent = self.recent.after(outcome, window)
+
+
+class AtPhase(Protocol):
+    """A function that is called when a rank reaches a phase of a step; faults are injected here."""
+
+    def __call__(self, step: int, phase: StepPhase, /) -> None:
+        """Handle a phase; may be called in any thread.
+
+        Args:
+            step: counted from 1.
+            phase: "fill" when state begins to be copied beside the step, "backward" when half of
+                the backward passes have begun, "exchange" and "gather" when the first gradient sums
+                and parameters of this rank are on their way, "prefetch" when parameters of later
+                layers are, otherwise the phase that begins.
+        """
+        ...
+
+
+def no_hook(step: int, phase: StepPhase, /) -> None:
+    """Does nothing."""

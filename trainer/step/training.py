@@ -54,12 +54,19 @@ from holdfast.trainer.step.construction import (
 )
 from holdfast.trainer.step.digest import parameter_digest
 from holdfast.trainer.step.evaluation import mean_held_out_loss
-from holdfast.trainer.step.hooks import AtPhase, no_hook
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included
-from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
+from holdfast.trainer.step.progress import (
+    NO_REQUESTS,
+    AtPhase,
+    Outcome,
+    Requests,
+    StepProgress,
+    no_hook,
+)
+from holdfast.trainer.step.spikes import judged
 from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
 
@@ -355,10 +362,12 @@ class Training:
         summed = ballot.pack(squares, slots, flags, requests)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
+        outcome = judged(outcome, self.progress.recent, self.config.numerics)
         if not outcome.usable:
             before = self.progress.outcome
             outcome = replace(outcome, skipped=1 + (before.skipped if before is not None else 0))
-        self.progress.decided, self.progress.outcome = self._in_flight.step + 1, outcome
+        window = self.config.numerics.spike_window
+        self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
 

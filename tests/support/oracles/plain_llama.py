@@ -162,11 +162,13 @@ def train_plainly(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
     fused: bool = False,
+    skips: Callable[[list[StepRecord]], bool] = lambda records: False,
 ) -> list[StepRecord]:
     """The usual training loop: autograd, clip_grad_norm_, torch.optim.AdamW.
 
     Args:
         batches: step -> int64[global_batch, seq + 1].
+        skips: whether the last of the steps so far is left out.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -195,6 +197,7 @@ def train_plainly(
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm else math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        optimizer.step()
         records.append(StepRecord(total / count, float(norm)))
+        if not skips(records):
+            optimizer.step()
     return records

@@ -104,7 +104,8 @@ class Training:
         replicas = SimpleNamespace(ranks=ranks, size=len(ranks), find=lambda rank: None)
         self.plan = SimpleNamespace(stage_replicas=replicas, generation=3)
         log = SimpleNamespace(tensorboard=False, trace_steps=[], every=1)
-        self.config = SimpleNamespace(log=log, train=SimpleNamespace(steps=9, global_batch=4))
+        train, numerics = SimpleNamespace(steps=9, global_batch=4), SimpleNamespace(spike_window=0)
+        self.config = SimpleNamespace(log=log, train=train, numerics=numerics)
         self.device, self.offloader, self.step_tokens = torch.device("cpu"), None, 64
 
 

@@ -33,6 +33,7 @@ WIDE = {
     "launch.agent.worker_slot.WorkerSlot": "hence its many attributes",
     "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",
+    "trainer.config.optimizer_section.OptimizerConfig": "A field for each key",
     "trainer.config.sections.CheckpointConfig": "A field for each key",
     "trainer.config.sections.ElasticConfig": "A field for each key",
     "trainer.config.sections.ParallelConfig": "A field for each key",

@@ -66,6 +66,8 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             warmup_steps=min(1, steps - 1),
             lr=1e-3,
             min_lr=1e-4,
+            decay_steps=0,
+            lr_stages=[],
             block_elements=64,
         ),
         numerics=msgspec.structs.replace(config.numerics, fraction_bits=FRACTION_BITS),

@@ -21,6 +21,7 @@ from .loading import (
     load_config as load_config,
 )
 from .memory import machine_memory_bytes as machine_memory_bytes
+from .optimizer_section import OptimizerConfig as OptimizerConfig
 from .places import (
     anchored as anchored,
 )

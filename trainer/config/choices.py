@@ -13,13 +13,14 @@ def registries() -> Mapping[str, Collection[str]]:
     from holdfast.parallel.plan import MICRO_BATCH_ORDERS
     from holdfast.parallel.precision import PRECISIONS
     from holdfast.parallel.schedules import SCHEDULES
-    from holdfast.trainer.learning_rates import LEARNING_RATES
+    from holdfast.trainer.learning_rates import DECAY_SHAPES, LEARNING_RATES
     from holdfast.trainer.models import FAMILIES
 
     return {
         "model.family": FAMILIES,
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": LEARNING_RATES,
+        "optimizer.decay_shape": DECAY_SHAPES,
         "parallel.schedule": SCHEDULES,
         "parallel.micro_batch_order": MICRO_BATCH_ORDERS,
         "train.precision": PRECISIONS,

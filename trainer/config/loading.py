@@ -16,8 +16,9 @@ from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.parallel.reading import converted, read_regular
 from holdfast.trainer.config.choices import choice_problem
+from holdfast.trainer.config.optimizer_section import OptimizerConfig
 from holdfast.trainer.config.rules import problems_of
-from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
+from holdfast.trainer.config.sections import RunConfig
 from holdfast.trainer.config.suggestions import key_advice, lonely_advice, section_advice
 from holdfast.trainer.config.vocabulary import default_vocab, vocab_problem
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
@@ -123,6 +124,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
             if key not in known:
                 advice = key_advice(name, _cut(key), known)
                 raise ConfigError(f"{name}.{_cut(key)} is not a key{advice}")
+        _check_tables(name, sections[name], keys)
     try:
         config = _converted(_with_lists(table), chosen)
     except msgspec.ValidationError as error:
@@ -131,6 +133,25 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         return config
     model = msgspec.structs.replace(config.model, vocab=default_vocab(config.data))
     return msgspec.structs.replace(config, model=model)
+
+
+def _check_tables(section: str, kind: type[Any], keys: Mapping[str, Any]) -> None:
+    """Check that the lists of tables in a section have known keys.
+
+    Raises:
+        ConfigError: a key is unknown.
+    """
+    for field in msgspec.structs.fields(kind):
+        [row_kind] = getattr(field.type, "__args__", ())[:1] or [None]
+        known = getattr(row_kind, "__struct_fields__", ())
+        rows = keys.get(field.name)
+        for number, row in enumerate(rows if known and isinstance(rows, list) else ()):
+            for key in row if isinstance(row, Mapping) else ():
+                if key not in known:
+                    name = f"{section}.{field.name}[{number}]"
+                    raise ConfigError(
+                        f"{name}.{_cut(key)} is not a key{key_advice(name, _cut(key), known)}"
+                    )
 
 
 def _with_lists(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -77,6 +77,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "lr": Range(0, 1e30, is_open=True),
         "min_lr": Range(0, 1e30),
         "warmup_steps": _STEPS,
+        "decay_steps": _STEPS,
         "eps": Range(0, 1e30, is_open=True),
         "weight_decay": Range(0, 1e30),
         "block_elements": Range(1, 2**40),
@@ -141,12 +142,20 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
 """By section and key. A number without an entry must be finite: `data.eval_fraction`, which
 check_data_config checks, and the own key of an optimizer."""
 
-_FAULT: Mapping[str, Range] = {
-    "rank": Range(0, 2**20),
-    "step": Range(1, _COUNT),
-    "seconds": Range(0, 366 * _DAY_S),
-    "incarnation": Range(0, 2**31),
+_TABLES: Mapping[str, Mapping[str, Range]] = {
+    "optimizer.lr_stages": {
+        "start": Range(1, _COUNT),
+        **{key: RANGES["optimizer"][key] for key in ("lr", "min_lr")},
+        **{key: RANGES["optimizer"][key] for key in ("warmup_steps", "decay_steps")},
+    },
+    "elastic.chaos": {
+        "rank": Range(0, 2**20),
+        "step": Range(1, _COUNT),
+        "seconds": Range(0, 366 * _DAY_S),
+        "incarnation": Range(0, 2**31),
+    },
 }
+"""By the key of a list of tables: the ranges of their keys."""
 
 
 def range_problems(config: RunConfig) -> Iterator[str]:
@@ -156,9 +165,11 @@ def range_problems(config: RunConfig) -> Iterator[str]:
         for key in values.__struct_fields__:
             allowed = table.get(key, Range(-math.inf, math.inf))
             yield from _problems(f"{section}.{key}", getattr(values, key), allowed)
-    for number, fault in enumerate(config.elastic.chaos):
-        for key, allowed in _FAULT.items():
-            yield from _problems(f"elastic.chaos[{number}].{key}", getattr(fault, key), allowed)
+    for name, table in _TABLES.items():
+        section, _, listed = name.partition(".")
+        for number, row in enumerate(getattr(getattr(config, section), listed)):
+            for key, allowed in table.items():
+                yield from _problems(f"{name}[{number}].{key}", getattr(row, key), allowed)
     yield from _other_ranges(config)
 
 

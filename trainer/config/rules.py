@@ -15,6 +15,7 @@ from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems
 from holdfast.trainer.config.installation import elastic_problem
+from holdfast.trainer.config.optimizer_section import stage_problems
 from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
@@ -78,6 +79,12 @@ def config_notes(config: RunConfig) -> Iterator[str]:
             f"note: optimizer.warmup_steps = {warmup} with train.steps = {steps}: the learning "
             "rate does not reach optimizer.lr"
         )
+    for number, stage in enumerate(config.optimizer.lr_stages):
+        if stage.start >= steps:
+            yield (
+                f"note: optimizer.lr_stages[{number}].start = {stage.start} with train.steps = "
+                f"{steps}: the stage is not reached"
+            )
 
 
 def _choices(config: RunConfig) -> Iterator[str]:
@@ -102,6 +109,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
     yield from OPTIMIZERS[config.optimizer.name].problems(config.optimizer)
+    yield from stage_problems(config.optimizer)
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -157,11 +165,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = "
             f"{config.model.max_seq_len}; "
             "lower the one or raise the other"
-        )
-    if config.optimizer.min_lr > config.optimizer.lr:
-        yield (
-            f"optimizer.min_lr = {config.optimizer.min_lr} exceeds optimizer.lr = "
-            f"{config.optimizer.lr}; lower it"
         )
 
 

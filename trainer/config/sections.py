@@ -13,6 +13,7 @@ from holdfast.checkpoint.format import scheme_of
 from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.schedules import FaultKind, StepPhase
 from holdfast.trainer.config.data_section import DataConfig
+from holdfast.trainer.config.optimizer_section import OptimizerConfig
 from holdfast.trainer.models import ModelConfig
 
 
@@ -57,25 +58,6 @@ class TrainConfig(Section, frozen=True):
     """Steps between evaluations on held-out data; 0: none."""
     eval_batches: int = 8
     """Global batches per evaluation."""
-
-
-class OptimizerConfig(Section, frozen=True):
-    """The optimizer and its learning rate."""
-
-    name: str = "adamw"
-    """A name of `OPTIMIZERS` (parallel/optimizer)."""
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    warmup_steps: int = 10
-    schedule: str = "cosine"
-    """A name of `LEARNING_RATES`."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Applies to matrices; norm weights do not decay."""
-    state: Literal["device", "host"] = "device"
-    """The memory in which the state lies, and where it is updated."""
-    block_elements: int = 1048576
 
 
 class NumericsConfig(Section, frozen=True):

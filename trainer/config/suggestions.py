@@ -35,6 +35,7 @@ _NAMES: Mapping[str, str] = {
     "optimizer.min_lr": "lr_min min_learning_rate lr_end final_lr",
     "optimizer.warmup_steps": "warmup lr_warmup_iters num_warmup_steps",
     "optimizer.schedule": "lr_scheduler lr_schedule lr_decay_style",
+    "optimizer.decay_steps": "lr_decay_iters lr_wsd_decay_iters num_decay_steps",
     "optimizer.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optimizer.eps": "epsilon adam_eps adam_epsilon",
     "optimizer.weight_decay": "wd decay",

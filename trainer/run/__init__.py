@@ -1,6 +1,7 @@
 """The folder of a run, the point from which it resumes, and the values resolved before it starts.
 
-May import trainer.config, trainer.data, trainer.models, trainer.step, checkpoint and parallel.
+May import trainer.config, trainer.data, trainer.learning_rates, trainer.models, trainer.step,
+checkpoint and parallel.
 """
 
 import lazy_loader

@@ -6,6 +6,7 @@ One process calls it, before the workers start. Needs no torch.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from holdfast.trainer.config import (
     EVERY_CHANGE,
     DataConfig,
     NumericsConfig,
+    OptimizerConfig,
     RunConfig,
     advice_to_allow,
     anchored,
     flat_keys,
     refused_changes,
 )
+from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -33,7 +36,7 @@ from holdfast.trainer.run.initial_weights import (
     is_converted,
 )
 from holdfast.trainer.run.memory_copies import memory_root
-from holdfast.trainer.step import state_format
+from holdfast.trainer.step import rate_of, state_format
 
 MUST_MATCH = (
     "model.",
@@ -177,7 +180,25 @@ def check_same_run(
     notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
-    return tuple(notes)
+    return (*notes, *_other_rate(manifest, config))
+
+
+def _other_rate(manifest: Manifest, config: RunConfig) -> Iterator[str]:
+    """A note if the next step has another learning rate than the checkpoint's run would have."""
+    step, steps = manifest.step, manifest.config.get("train", {}).get("steps")
+    section = manifest.config.get("optimizer", {})
+    known = {key: section[key] for key in OptimizerConfig.__struct_fields__ if key in section}
+    try:
+        saved = converted(known, OptimizerConfig)
+        expected = learning_rate(step, steps=steps, stages=saved.all_stages)
+    except (msgspec.ValidationError, TypeError, KeyError):
+        return  # of a version that is not understood
+    found = rate_of(config, step)
+    if found != expected and step < min(steps, config.train.steps):
+        yield (
+            f"the learning rate of step {step + 1} is {found:.3g}; as the checkpoint has it, it "
+            f"would be {expected:.3g}"
+        )
 
 
 def check_same_data(
@@ -253,7 +274,7 @@ def differing_keys(
     # In the form of a manifest: JSON has no tuples.
     plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
     # An older version that lacks a key of these did what its default does.
-    sections = {"data": DataConfig, "numerics": NumericsConfig}
+    sections = {"data": DataConfig, "numerics": NumericsConfig, "optimizer": OptimizerConfig}
     older = {name: msgspec.to_builtins(of()) for name, of in sections.items() if name in saved}
     flat_saved, flat_now = flat_keys(older) | flat_keys(plain[0]), flat_keys(plain[1])
     return [

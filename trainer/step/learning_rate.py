@@ -8,12 +8,4 @@ from holdfast.trainer.learning_rates import learning_rate
 
 def rate_of(config: RunConfig, step: int) -> float:
     """The learning rate of a step, counted from 0, of this run. Pure."""
-    optimizer = config.optimizer
-    return learning_rate(
-        step,
-        steps=config.train.steps,
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        warmup_steps=optimizer.warmup_steps,
-        schedule=optimizer.schedule,
-    )
+    return learning_rate(step, steps=config.train.steps, stages=config.optimizer.all_stages)

@@ -14,7 +14,6 @@ from holdfast.launch.launchers.display_process import _Follower
 from holdfast.parallel.output import DiskWord, WholeFiles
 from holdfast.parallel.pipeline.executor import ActionTimes
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.console import duration, sparkline
@@ -72,28 +71,6 @@ def test_traces_hold_every_action_and_the_bubble(tmp_path: Path) -> None:
     compute = next(event for event in slices if event["name"] == "compute")
     assert compute["args"]["bubble"] == pytest.approx(0.5)
     assert compute["dur"] == pytest.approx(4e6)
-
-
-def rate(step: int, schedule: str, steps: int = 100) -> float:
-    return learning_rate(
-        step,
-        steps=steps,
-        lr=1.0,
-        min_lr=0.1,
-        warmup_steps=10,
-        schedule=schedule,
-    )
-
-
-def test_learning_rates_have_their_shapes() -> None:
-    for schedule in ("cosine", "constant", "wsd"):
-        assert [rate(step, schedule) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert rate(99, "cosine") == pytest.approx(0.1)
-    assert rate(54, "cosine") == pytest.approx(0.55, abs=0.01)
-    assert rate(99, "constant") == 1.0
-    assert [rate(step, "wsd") for step in (79, 99)] == pytest.approx([1.0, 0.1])
-    falling = [rate(step, "wsd") for step in range(80, 100)]
-    assert falling == sorted(falling, reverse=True)
 
 
 def test_operations_are_six_per_parameter_and_token() -> None:

@@ -79,6 +79,22 @@ def test_only_the_keys_that_are_named_may_change(tmp_path: Path) -> None:
     assert find_resume(tmp_path, changed, "auto", allow_change=both).candidates
 
 
+def test_another_learning_rate_of_the_next_step_is_told(tmp_path: Path) -> None:
+    def notes(**optimizer: Any) -> list[str]:
+        constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3, **optimizer}
+        config = make_config(train={"steps": 8}, optimizer=constant)
+        if not optimizer:
+            saved_run(tmp_path, config, None)
+        found = find_resume(tmp_path, config, "auto").notes
+        return [note for note in found if "learning rate" in note]
+
+    assert notes() == []
+    assert notes(decay_steps=4) == []
+    assert notes(decay_steps=8, min_lr=3e-4) == [
+        "the learning rate of step 4 is 0.0007; as the checkpoint has it, it would be 0.001"
+    ]
+
+
 def test_data_that_has_changed_under_its_name_is_allowed_by_that_name(tmp_path: Path) -> None:
     saved_run(tmp_path, make_config(), "the one")
     manifest = LocalStore(tmp_path / "checkpoints").manifest("step-00000003")

@@ -23,15 +23,15 @@ from .parameter_buffer import (
     ParameterBuffer as ParameterBuffer,
     Segment as Segment,
 )
-from .registry import (
-    OPTIMIZERS as OPTIMIZERS,
-)
-from .rule import (
+from .rules import (
     MASTER as MASTER,
+    OPTIMIZERS as OPTIMIZERS,
     BlockUpdate as BlockUpdate,
     OptimizerRule as OptimizerRule,
     OwnKey as OwnKey,
+    ParameterGroups as ParameterGroups,
     StateFormat as StateFormat,
+    matched_by_none as matched_by_none,
 )
 from .shadow_state import (
     ShadowCopies as ShadowCopies,

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Protocol
 
 from holdfast.parallel.comm import BACKGROUND_TRANSFER, Communicator, FlightRecorder, Handle
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules import StateFormat
 from holdfast.parallel.optimizer.transfer_messages import BlockMessages, BlockState, is_pause
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 

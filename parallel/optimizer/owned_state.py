@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from holdfast.parallel.optimizer.exchange import OwnedBlock
 from holdfast.parallel.optimizer.host_update import HostUpdate
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
-from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
+from holdfast.parallel.optimizer.rules import MASTER, BlockUpdate, ParameterGroups, StateFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ class OwnedState:
         found = {kind: values[span.start : span.stop] for kind, values in self.kinds.items()}
         return {MASTER: self.buffer.part(block.start, block.stop), **found}
 
-    def updates(self) -> list[BlockUpdate]:
-        """The input of the rule's update, for each block."""
+    def updates(self, groups: ParameterGroups[Any]) -> list[BlockUpdate]:
+        """The input of the update, for each block."""
         found = []
         for number, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
             state, gradients, here = (
@@ -125,8 +126,8 @@ class OwnedState:
             )
             if self.host is not None:
                 state[MASTER], gradients = self.host.master[here], self.host.gradients
-            decays = block.segment.spec.decay
-            found.append(block_update(self.form, state, gradients[here], decays=decays))
+            place = groups.place(block.segment.spec)
+            found.append(block_update(self.form, state, gradients[here], place))
         return found
 
     def begin_update(self, runs: Sequence[tuple[int, int]]) -> None:
@@ -152,8 +153,13 @@ class OwnedState:
 
 
 def block_update(
-    form: StateFormat, state: Mapping[str, Tensor], gradient: Tensor, *, decays: bool
+    form: StateFormat, state: Mapping[str, Tensor], gradient: Tensor, place: tuple[int, bool]
 ) -> BlockUpdate:
-    """The input of the rule's update for a block with this state by kind. Pure."""
+    """The input of the update for a block with this state by kind. Pure.
+
+    Args:
+        place: that of the block's parameter; see `ParameterGroups.place`.
+    """
     kinds = tuple(state[kind.name] for kind in form.rule.kinds)
-    return BlockUpdate(state[MASTER], gradient, kinds, decays)
+    group, decays = place
+    return BlockUpdate(state[MASTER], gradient, kinds, decays, group)

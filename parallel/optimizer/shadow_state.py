@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.optimizer.exchange import follower_routes
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import block_update
 from holdfast.parallel.optimizer.parameter_buffer import Span
-from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
+from holdfast.parallel.optimizer.rules import MASTER, BlockUpdate, ParameterGroups, StateFormat
 from holdfast.parallel.plan import BlockKey, Plan
 
 
@@ -31,8 +32,8 @@ class ShadowedBlock:
 
     key: BlockKey
     owner: int
-    decays: bool
-    """Whether weight decay applies."""
+    spec: ParameterSpec
+    """The row of its parameter."""
     start: int
     """The first element of the block in the flat copies."""
     stop: int
@@ -53,8 +54,7 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     for owner, index, place in mine:
         block = plan.block((index, place))
         stop = start + block.elements
-        decays = plan.spec_of(block).decay
-        blocks.append(ShadowedBlock(block.key, owner, decays, start, stop))
+        blocks.append(ShadowedBlock(block.key, owner, plan.spec_of(block), start, stop))
         start = stop
     return tuple(blocks)
 
@@ -117,13 +117,22 @@ class ShadowCopies:
         return self.gradients.nbytes + held + (0 if self.rounded is None else self.rounded.nbytes)
 
     def update_of(
-        self, form: StateFormat, block: ShadowedBlock, kinds: Mapping[str, Tensor], start: int
+        self,
+        form: StateFormat,
+        block: ShadowedBlock,
+        place: tuple[int, bool],
+        kinds: Mapping[str, Tensor],
+        start: int,
     ) -> BlockUpdate:
-        """One block's update, with its state at `start` of the given tensors."""
+        """One block's update, with its state at `start` of the given tensors.
+
+        Args:
+            place: as for `block_update`.
+        """
         stop = start + block.stop - block.start
         state = {kind: values[start:stop] for kind, values in kinds.items()}
         gradient = self.gradients[block.start : block.stop]
-        return block_update(form, state, gradient, decays=block.decays)
+        return block_update(form, state, gradient, place)
 
 
 class ShadowState:
@@ -136,7 +145,7 @@ class ShadowState:
         *,
         device: torch.device,
         form: StateFormat,
-        settings: Any,
+        groups: ParameterGroups[Any],
         bucket_elements: int,
         in_host_memory: bool = False,
         before: ShadowCopies | None = None,
@@ -144,7 +153,7 @@ class ShadowState:
         """The copies are zero until they are filled. Local.
 
         Args:
-            form: the rule and its kinds of state; `settings` are the rule's constants.
+            form: the rule and its kinds of state; `groups` have the rule's constants.
             bucket_elements: as for `ExchangeSettings`.
             in_host_memory: keep the copies in host memory, page-locked beside a GPU; gradients stay
                 on the device.
@@ -152,7 +161,8 @@ class ShadowState:
                 are shadowed.
         """
         self.blocks = shadowed_blocks(plan, rank)
-        self._form, self._settings = form, settings
+        self._form, self._groups = form, groups
+        self._places = [groups.place(block.spec) for block in self.blocks]
         self.in_host_memory = in_host_memory
         places = {block.key: Span(block.start, block.stop) for block in self.blocks}
         self.routes = follower_routes(plan, rank, places, bucket_elements)
@@ -169,8 +179,9 @@ class ShadowState:
                 kind: torch.empty(largest, dtype=form.dtype, device=device) for kind in form.held
             }
         self._updates = [
-            self._copies.update_of(form, block, self._copies.kinds, block.start)
-            for block in (self.blocks if self._staged is None else ())
+            self._copies.update_of(form, block, place, self._copies.kinds, block.start)
+            for block, place in zip(self.blocks, self._places, strict=True)
+            if self._staged is None
         ]
         self._copied: torch.cuda.Event | None = None
         """The event after which the last update is in host memory."""
@@ -241,7 +252,7 @@ class ShadowState:
             return
         if fence is not None:
             fence(len(self.blocks) - 1)
-        self._form.rule.update_blocks(self._updates, copies.step, lr, self._settings)
+        self._groups.update(self._updates, copies.step, lr)
 
     def _update_through(
         self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float, fence: Fence | None
@@ -253,8 +264,8 @@ class ShadowState:
             here, size = slice(block.start, block.stop), block.stop - block.start
             for kind, values in staged.items():
                 values[:size].copy_(copies.kinds[kind][here], non_blocking=True)
-            update = copies.update_of(self._form, block, staged, 0)
-            self._form.rule.update_blocks((update,), copies.step, lr, self._settings)
+            update = copies.update_of(self._form, block, self._places[number], staged, 0)
+            self._groups.update((update,), copies.step, lr)
             for kind, values in staged.items():
                 copies.kinds[kind][here].copy_(values[:size], non_blocking=True)
             if copies.rounded is not None:

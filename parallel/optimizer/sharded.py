@@ -34,7 +34,7 @@ from holdfast.parallel.optimizer.exchange import (
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules import ParameterGroups, StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
 from holdfast.parallel.plan import BlockKey, Plan, shards
@@ -78,7 +78,7 @@ class ShardedOptimizer:
         accumulator: GradientAccumulator,
         groups: Groups,
         form: StateFormat,
-        settings: Any,
+        constants: ParameterGroups[Any],
         *,
         arrival: ParameterArrival,
         shadows: ShadowState | None = None,
@@ -90,7 +90,8 @@ class ShardedOptimizer:
         Args:
             buffer: the rank's parameters; `accumulator` sums their gradients.
             groups: the communicators of this rank.
-            form: the rule and its kinds of state; `settings` are the rule's constants.
+            form: the rule and its kinds of state; `constants` are the rule's, by the parameters'
+                names.
             arrival: awaits gathered parameters before the buffer's modules use them.
             shadows: the blocks that this rank follows; None if no rank follows any.
             exchange: the choices of the run; None: the defaults.
@@ -98,7 +99,7 @@ class ShardedOptimizer:
         """
         exchange = exchange or ExchangeSettings()
         self._accumulator, self._rank = accumulator, rank
-        self._world, self._settings = groups.world, settings
+        self._world, self._constants = groups.world, constants
         self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements, "gradients")
         self._parameter_routes = routes_of_parameters(self._routes, plan, rank, buffer, exchange)
         sizes = [len(blocks) for blocks in plan.blocks]
@@ -108,7 +109,7 @@ class ShardedOptimizer:
         owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
         self.owned_state = carried or OwnedState.new(form, buffer, owned)
-        self._updates = self.owned_state.updates()
+        self._updates = self.owned_state.updates(constants)
         self._shadows, self._arrival = shadows, arrival
         self._sharing = shared_gradients(
             plan, rank, buffer, accumulator, groups.world, exchange.reduce_dtype
@@ -256,9 +257,7 @@ class ShardedOptimizer:
                 if fence is not None and position >= free:
                     free = fence(position) + 1
                 stop = min(owned.end, free)
-                self.form.rule.update_blocks(
-                    self._updates[position:stop], state.step, lr, self._settings
-                )
+                self._constants.update(self._updates[position:stop], state.step, lr)
                 position = stop
             state.end_update(owned.begin, owned.end)
             yield owned.bucket.row

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from holdfast.parallel.comm import STATE_TRANSFER, Communicator, Handle
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules import StateFormat
 from holdfast.parallel.optimizer.transfer_messages import BlockMessages, BlockState
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast import _native
 from holdfast.parallel.comm import Communicator, Handle, TagRange
 from holdfast.parallel.errors import PeerLost
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules import StateFormat
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 BlockState = Mapping[str, Tensor]

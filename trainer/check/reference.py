@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from holdfast.parallel.layout import ParameterSpec
-from holdfast.parallel.optimizer import OPTIMIZERS
+from holdfast.parallel.optimizer import OPTIMIZERS, ParameterGroups
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.check.capture import (
@@ -44,13 +44,14 @@ def run_reference(config: RunConfig) -> RankCapture:
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
     parameters = {p: spec for spec, p in rows if p not in second_uses}
-    optimizer = _optimizer(config, parameters)
+    optimizers = _optimizers(config, parameters)
     data = open_split(config, "train")
     running = [0]
     recorder = ActivationRecorder(capture, lambda: running[0], (0,))
     watch_chunk(recorder, chunk, config.model.hidden)
     for step in range(train.steps):
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
         capture.losses.append(_backward_passes(config, chunk, data, step, running))
         for first, second in tied:
             assert first.grad is not None
@@ -62,25 +63,32 @@ def run_reference(config: RunConfig) -> RankCapture:
             capture.gradients = _pieces(rows, second_uses, gradients=True)
         clip = train.clip_grad_norm or float("inf")
         capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(config, step)
-        optimizer.step()
+        for optimizer, factor in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(config, step) * factor
+            optimizer.step()
         for first, second in tied:
             second.data.copy_(first.data)
     capture.parameters = _pieces(rows, second_uses, gradients=False)
     return capture
 
 
-def _optimizer(
+def _optimizers(
     config: RunConfig, parameters: Mapping[nn.Parameter, ParameterSpec]
-) -> torch.optim.Optimizer:
-    """The rule's reference, with one group of parameters that decay and one of the others."""
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The rule's reference for each group of parameters, and the factor of its learning rate."""
     rule = OPTIMIZERS[config.optimizer.name]
-    groups = [
-        ([p for p, spec in parameters.items() if spec.decay is decays], decays)
-        for decays in (True, False)
-    ]
-    return rule.reference(groups, rule.settings(config.optimizer))
+    groups = ParameterGroups.of(rule, config.optimizer)
+    places = {p: groups.place(spec) for p, spec in parameters.items()}
+    found = []
+    for number, group in enumerate(groups.groups):
+        members = [
+            ([p for p, place in places.items() if place == (number, decays)], decays)
+            for decays in (True, False)
+        ]
+        if any(own for own, _ in members):
+            found.append((rule.reference(members, group.settings), group.rate_factor))
+    return found
 
 
 def _backward_passes(

@@ -6,13 +6,15 @@ from math import lcm
 
 import msgspec
 
-from holdfast.trainer.config import DataConfig, RunConfig
+from holdfast.trainer.config import DataConfig, OptimizerConfig, RunConfig
 from holdfast.trainer.models import family_of
 from holdfast.trainer.step import context_exchange
 
 FRACTION_BITS = 54
 """The resolution is 5.6e-17, the range +-512. So the rounding of exact mode stays below that of
 float64, which AdamW magnifies where a gradient is nearly zero."""
+_RATE = 1e-3
+"""The learning rate; those of groups are in proportion."""
 
 
 def tiny_config(config: RunConfig, steps: int) -> RunConfig:
@@ -61,15 +63,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             threads_per_rank=1,
             eval_every=0,
         ),
-        optimizer=msgspec.structs.replace(
-            config.optimizer,
-            warmup_steps=min(1, steps - 1),
-            lr=1e-3,
-            min_lr=1e-4,
-            decay_steps=0,
-            lr_stages=[],
-            block_elements=64,
-        ),
+        optimizer=_optimizer(config.optimizer, steps),
         numerics=msgspec.structs.replace(config.numerics, fraction_bits=FRACTION_BITS),
         parallel=msgspec.structs.replace(
             parallel,
@@ -78,4 +72,23 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             blocks_per_chunk=layers if parallel.blocks_per_chunk else [],
         ),
         log=msgspec.structs.replace(config.log, trace_steps=[], tensorboard=False),
+    )
+
+
+def _optimizer(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The optimizer's settings with a learning rate for a few steps. Pure."""
+    return msgspec.structs.replace(
+        optimizer,
+        warmup_steps=min(1, steps - 1),
+        lr=_RATE,
+        min_lr=1e-4,
+        decay_steps=0,
+        lr_stages=[],
+        groups=[
+            group
+            if group.lr is None
+            else msgspec.structs.replace(group, lr=_RATE * group.lr / optimizer.lr)
+            for group in optimizer.groups
+        ],
+        block_elements=64,
     )

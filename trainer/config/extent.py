@@ -87,6 +87,20 @@ def block_count(config: RunConfig) -> int:
     )
 
 
+def parameter_names(config: RunConfig) -> list[str]:
+    """The logical names of the model's parameters, in the order of its layers. Pure."""
+    layers = layer_specs(
+        config.model,
+        tensor=1,
+        sequence_parallel=False,
+        seq_len=config.train.seq_len,
+        micro_batch=config.train.micro_batch,
+        precision=config.train.precision,
+        recompute="none",
+    )
+    return list(dict.fromkeys(spec.name for layer in layers for spec in layer.parameters[0]))
+
+
 def _blocks(layer: LayerSpec, block_elements: int) -> int:
     return sum(
         ceil(spec.rows / max(1, block_elements // spec.row_elements))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import msgspec
 
+from holdfast.parallel.optimizer import OPTIMIZERS, ParameterGroups, matched_by_none
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.learning_rates import DECAY_SHAPES, LEARNING_RATES, Stage
 
@@ -25,6 +28,34 @@ class StageConfig(_Table, frozen=True, omit_defaults=True):
     warmup_steps: int = 0
     decay_steps: int = 0
     decay_shape: str = "linear"
+
+
+class GroupConfig(_Table, frozen=True, omit_defaults=True):
+    """The parameters of some names, with what they get instead of what the section says."""
+
+    match: list[str] | str
+    """Their logical names, or patterns of them."""
+    lr: float | None = None
+    """In place of the section's; the schedule is the same."""
+    weight_decay: float | None = None
+    """Applies to all parameters of the group, those that are no matrices included."""
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of names, one or more."""
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of the optimizer that the group has of its own, by name."""
+        values = {key: getattr(self, key) for key in ("weight_decay", "betas", "eps")}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def within(self, section: OptimizerConfig) -> OptimizerConfig:
+        """The section as the group has it, its learning rate aside."""
+        return msgspec.structs.replace(section, **self.constants)
 
 
 class OptimizerConfig(_Table, frozen=True):
@@ -48,6 +79,9 @@ class OptimizerConfig(_Table, frozen=True):
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Applies to matrices; norm weights do not decay."""
+    groups: list[GroupConfig] = []
+    """Parameters with constants of their own, the first that matches: [[optimizer.groups]]
+    tables."""
     state: Literal["device", "host"] = "device"
     """The memory in which the state lies, and where it is updated."""
     block_elements: int = 1048576
@@ -80,3 +114,43 @@ def stage_problems(optimizer: OptimizerConfig) -> Iterator[str]:
         if stage.lr is not None and stage.min_lr > stage.lr:
             yield f"{name}.min_lr = {stage.min_lr} exceeds its lr = {stage.lr}; lower it"
         last = max(last, stage.start)
+
+
+def group_problems(optimizer: OptimizerConfig, names: Sequence[str]) -> Iterator[str]:
+    """The broken rules of groups of parameters, one line each. Pure.
+
+    Args:
+        names: the logical names of the model's parameters.
+    """
+    rule = OPTIMIZERS[optimizer.name]
+    taken = {ParameterGroups.of(rule, optimizer).number(name) for name in names}
+    for number, group in enumerate(optimizer.groups):
+        where = f"optimizer.groups[{number}]"
+        for key in group.constants.keys() - set(rule.constants):
+            yield f"{where}.{key}: {optimizer.name!r} does not use it; leave it out"
+        if not group.patterns:
+            yield f"{where}.match = []: name parameters, or leave the group out"
+        lost = matched_by_none(group.patterns, names)
+        for pattern in lost:
+            near = _near(pattern, names)
+            yield f"{where}.match = {pattern!r}: no parameter has such a name{near}"
+        if not lost and number not in taken:
+            yield (
+                f"{where}.match = {group.match!r}: groups before it have all of these parameters; "
+                "put it before them"
+            )
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """The end of the message on a pattern: the name that has most of it, the first of equal layers.
+
+    Pure.
+    """
+    first = {re.sub(r"\d+", "0", name): name for name in reversed(names)}
+    plain = re.sub(r"\d+", "0", pattern.replace("*", ""))[:200]
+
+    def likeness(name: str) -> tuple[float, float]:
+        matched = difflib.SequenceMatcher(None, plain, name, autojunk=False).get_matching_blocks()
+        return sum(block.size**2 for block in matched), -len(name)
+
+    return f"; did you mean {first[max(first, key=likeness)]!r}?"

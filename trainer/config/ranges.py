@@ -143,6 +143,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
 check_data_config checks, and the own key of an optimizer."""
 
 _TABLES: Mapping[str, Mapping[str, Range]] = {
+    "optimizer.groups": {key: RANGES["optimizer"][key] for key in ("lr", "weight_decay", "eps")},
     "optimizer.lr_stages": {
         "start": Range(1, _COUNT),
         **{key: RANGES["optimizer"][key] for key in ("lr", "min_lr")},
@@ -196,9 +197,12 @@ def _shown(most: float) -> str:
 
 
 def _other_ranges(config: RunConfig) -> Iterator[str]:
-    for number, beta in enumerate(config.optimizer.betas):
-        if not 0 <= beta < 1:
-            yield f"optimizer.betas[{number}] = {beta}: must be at least 0 and less than 1"
+    groups = enumerate(config.optimizer.groups)
+    of_groups = {f"optimizer.groups[{n}].betas": group.betas or () for n, group in groups}
+    for name, betas in {"optimizer.betas": config.optimizer.betas, **of_groups}.items():
+        for number, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                yield f"{name}[{number}] = {beta}: must be at least 0 and less than 1"
     if config.model.dropout == 1:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
     if config.train.eval_every and config.train.eval_batches < 1:

@@ -13,9 +13,9 @@ from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import SCHEDULES, check_stretches, placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
-from holdfast.trainer.config.extent import extent_problems
+from holdfast.trainer.config.extent import extent_problems, parameter_names
 from holdfast.trainer.config.installation import elastic_problem
-from holdfast.trainer.config.optimizer_section import stage_problems
+from holdfast.trainer.config.optimizer_section import group_problems, stage_problems
 from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
@@ -62,6 +62,8 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     problems = [problem for rule in rules for problem in rule(config)]
     if not problems:
         problems = list(extent_problems(config))
+    if not problems and config.optimizer.groups:
+        problems = list(group_problems(config.optimizer, parameter_names(config)))
     if world_size is not None and world_size != config.parallel.ranks:
         mesh = config.parallel.mesh
         problems.append(

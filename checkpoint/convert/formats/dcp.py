@@ -245,6 +245,7 @@ def _made_here(catalog: Catalog) -> tuple[dict[tuple[Any, ...], int], dict[tuple
 
 def _parameter_group(catalog: Catalog, trained: Sequence[str]) -> dict[str, Any]:
     """The settings of a run under torch.optim's names; AdamW's defaults for other sources."""
+    catalog.leave_out_groups()
     optimizer = catalog.config.get("optimizer", {})
     rate, decay = optimizer.get("lr", 1e-3), optimizer.get("weight_decay", 0.01)
     kinds = catalog.state_kinds()

@@ -113,6 +113,13 @@ class Catalog:
         """Whether there are states of all kinds that an optimizer keeps, maybe beside others."""
         return {kind.name for kind in rule.kinds}.issubset(self.state_kinds())
 
+    def leave_out_groups(self) -> None:
+        """Tell that the run's groups of parameters are not written, if it has any."""
+        if self.config.get("optimizer", {}).get("groups"):
+            self.left_out["optimizer.groups"] = (
+                "constants of groups of parameters: all are written with those of [optimizer]"
+            )
+
     def trained(self) -> list[str]:
         """The names of the weights with optimizer state."""
         by_kind: dict[str, list[str]] = {kind: [] for kind in self.state_kinds()}

@@ -20,8 +20,8 @@ from holdfast.checkpoint.format.kinds import STEP, TENSOR, UNPREFIXED_KINDS
 from holdfast.checkpoint.stores.registry import find_checkpoint
 from holdfast.checkpoint.tools import diff_checkpoints, inspect_checkpoint, rebuild_manifest
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.optimizer.registry import OPTIMIZERS
-from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, OptimizerRule, StateKind
+from holdfast.parallel.optimizer.rules.registry import OPTIMIZERS
+from holdfast.parallel.optimizer.rules.rule import MASTER, BlockUpdate, OptimizerRule, StateKind
 from support.foreign.conversions import assert_equal, converted, tensors_of
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, train_in

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.comm.gloo import GlooCommunicator, gloo_device
-from holdfast.parallel.optimizer.adamw import ADAMW
 from holdfast.parallel.optimizer.background_transfer import BackgroundTransfer, in_turn
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules.adamw import ADAMW
+from holdfast.parallel.optimizer.rules.rule import StateFormat
 from holdfast.parallel.plan.block_transfers import BlockKey, BlockTransfer
 from holdfast.parallel.precision import PRECISIONS
 from support.processes.cluster import Cluster

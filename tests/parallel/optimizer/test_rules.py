@@ -17,8 +17,8 @@ from torch.distributed import Store
 
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.optimizer.registry import OPTIMIZERS
-from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, OwnKey, StateKind
+from holdfast.parallel.optimizer.rules.registry import OPTIMIZERS
+from holdfast.parallel.optimizer.rules.rule import BlockUpdate, OptimizerRule, OwnKey, StateKind
 from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.config import RunConfig, check_config, dump_toml, load_config
 from holdfast.trainer.plan_report import plan_report
@@ -116,42 +116,15 @@ def config(
 
 
 def with_rule(rank: int, world_size: int, store: Store, *, job: str, **arguments: Any) -> Any:
-    """A job of small_runs or of this module where the rule is registered."""
+    """A job of small_runs where the rule is registered."""
     with registered():
-        found = getattr(small_runs, job, None) or globals()[job]
-        return found(rank, world_size, store, **arguments)
+        return getattr(small_runs, job)(rank, world_size, store, **arguments)
 
 
 def run(cluster: Cluster, job: str, wanted: RunConfig, **arguments: Any) -> list[Any]:
     plain = msgspec.to_builtins(wanted)
     ranks = world_size_of(wanted)
     return cluster.run(f"{__name__}:with_rule", ranks, job=job, config=plain, **arguments)
-
-
-def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict) -> Any:
-    """Losses, digest, whether there are shadows, and how many of them differ from their owner."""
-    from holdfast.parallel.plan.replan import Roster, with_shadows
-    from holdfast.trainer.elastic.corruption import compare_copies
-    from holdfast.trainer.elastic.state_recovery import fill_shadows
-    from holdfast.trainer.step import build
-    from holdfast.trainer.step.learning_rate import rate_of
-    from holdfast.trainer.worlds.world import local_world
-
-    nodes = {r: f"node{r}" for r in range(world_size)}
-    roster = Roster(tuple(range(world_size)), nodes)
-    plan_of = build.plan_of
-    with mock.patch.object(build, "plan_of", lambda c: with_shadows(plan_of(c), roster, 1)):
-        run_config = small_runs.convert_config(config)
-        training = build.open_training(run_config, local_world(rank, world_size), store)
-    fill_shadows(training, training.groups.world, nodes)
-    losses = []
-    for step in range(run_config.train.steps):
-        training.compute(step)
-        losses.append(training.vote(*training.reduce()).loss.hex())
-        training.apply(rate_of(run_config, step))
-    kept = sum(block.stop - block.start for block in training.shadows.blocks)
-    wrong = len(compare_copies(training, training.groups.world).corrupt)
-    return losses, training.parameter_digest(), kept > 0, wrong
 
 
 @pytest.fixture(scope="module")

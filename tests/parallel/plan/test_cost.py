@@ -7,8 +7,8 @@ import pytest
 from holdfast.parallel.layout.boxes import Box
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.layout.parameters import Initial, LayerSpec, ParameterSpec
-from holdfast.parallel.optimizer.adamw import ADAMW
-from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.rules.adamw import ADAMW
+from holdfast.parallel.optimizer.rules.rule import StateFormat
 from holdfast.parallel.plan.cost import (
     exchanged_bytes,
     rank_memory,

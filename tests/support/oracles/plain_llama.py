@@ -6,7 +6,7 @@ Parameters carry the Hugging Face names, so any state with those names can be lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,10 +163,12 @@ def train_plainly(
     clip_norm: float = 1.0,
     fused: bool = False,
     skips: Callable[[list[StepRecord]], bool] = lambda records: False,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> list[StepRecord]:
     """The usual training loop: autograd, clip_grad_norm_, torch.optim.AdamW.
 
     Args:
+        optimizers: in AdamW's place, with what multiplies the learning rate as a group's "factor".
         batches: step -> int64[global_batch, seq + 1].
         skips: whether the last of the steps so far is left out.
     """
@@ -176,13 +178,14 @@ def train_plainly(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+    if optimizers is None:
+        optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)]
     records = []
     for step in range(steps):
         tokens = batches(step)
         count = tokens.shape[0] * (tokens.shape[1] - 1)
         total = 0.0
-        optimizer.zero_grad()
+        model.zero_grad()
         for part in tokens.split(micro_batch):
             logits = model(part[:, :-1])
             loss = F.cross_entropy(
@@ -195,9 +198,10 @@ def train_plainly(
             (loss / count).backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm else math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = learning_rate(step) * group.get("factor", 1.0)
         records.append(StepRecord(total / count, float(norm)))
         if not skips(records):
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
     return records

@@ -65,6 +65,34 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
     return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
 
 
+def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict) -> Any:
+    """Losses, digest, whether there are shadows, and how many of them differ from their owner."""
+    from unittest import mock
+
+    from holdfast.parallel.plan.replan import Roster, with_shadows
+    from holdfast.trainer.elastic.corruption import compare_copies
+    from holdfast.trainer.elastic.state_recovery import fill_shadows
+    from holdfast.trainer.step import build
+    from holdfast.trainer.step.learning_rate import rate_of
+    from holdfast.trainer.worlds.world import local_world
+
+    nodes = {r: f"node{r}" for r in range(world_size)}
+    roster = Roster(tuple(range(world_size)), nodes)
+    plan_of = build.plan_of
+    with mock.patch.object(build, "plan_of", lambda c: with_shadows(plan_of(c), roster, 1)):
+        run_config = convert_config(config)
+        training = build.open_training(run_config, local_world(rank, world_size), store)
+    fill_shadows(training, training.groups.world, nodes)
+    losses = []
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        losses.append(training.vote(*training.reduce()).loss.hex())
+        training.apply(rate_of(run_config, step))
+    kept = sum(block.stop - block.start for block in training.shadows.blocks)
+    wrong = len(compare_copies(training, training.groups.world).corrupt)
+    return losses, training.parameter_digest(), kept > 0, wrong
+
+
 def threads_here(rank: int, world_size: int, store: Store) -> int:
     """The threads of this process."""
     return len(list(Path("/proc/self/task").iterdir()))

@@ -8,6 +8,7 @@ import torch
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.boxes import Box
+from holdfast.parallel.optimizer import ParameterGroups
 from holdfast.parallel.optimizer.exchange.followers import follower_routes
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.plan.block_transfers import held_blocks
@@ -61,7 +62,7 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
             rank,
             device=torch.device("cpu"),
             form=state_format(given),
-            settings=None,
+            groups=ParameterGroups.of(state_format(given).rule, given.optimizer),
             bucket_elements=5000,
             in_host_memory=memory == "host",
         ).copies.bytes

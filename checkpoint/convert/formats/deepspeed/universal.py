@@ -244,6 +244,7 @@ def _add_optimizer_state(files: TorchFolder, catalog: Catalog, step: int) -> Non
     told = catalog.scalars.get(DEEPSPEED, {})
     groups = told.get("param_groups")
     if not groups:
+        catalog.leave_out_groups()
         optimizer = catalog.config.get("optimizer", {})
         kept = {key: optimizer[key] for key in ("lr", "eps", "weight_decay") if key in optimizer}
         if "betas" in optimizer:

@@ -316,6 +316,7 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
             "those with a learning rate of their own; parameters are written in two groups, with "
             "weight decay and without"
         )
+    catalog.leave_out_groups()
     config = catalog.config.get("optimizer", {})
     decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
     adam = catalog.has_states_of(OPTIMIZERS["adamw"])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, StateKind
+from holdfast.parallel.optimizer.rules.rule import BlockUpdate, OptimizerRule, StateKind
 
 if TYPE_CHECKING:
     import torch

@@ -56,6 +56,8 @@ class BlockUpdate:
     """One tensor per kind, in the rule's order; changed in place."""
     decays: bool
     """Whether weight decay applies."""
+    group: int = 0
+    """The number of its parameter's group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ class OptimizerRule(Generic[S]):
 
     From groups of (parameters, whether weight decay applies). The learning rate is set before each
     step."""
+    constants: tuple[str, ...] = ("betas", "eps", "weight_decay")
+    """The keys of all optimizers that it uses."""
     own_keys: tuple[OwnKey, ...] = ()
     problems: Callable[[Any], Iterator[str]] = no_problems
     """(`[optimizer]` section) -> the broken rules of its own keys, one line each."""

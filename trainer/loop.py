@@ -30,6 +30,7 @@ from holdfast.trainer.step import (
     Outcome,
     Requests,
     Training,
+    evaluates_after,
     no_hook,
     open_training,
     rate_of,
@@ -171,9 +172,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         with training.busy("report"):
             reporter.skipped(step, outcome, refuse(config, step, outcome))
         end_divergence(config, step, outcome)
-    every, is_last = config.train.eval_every, step + 1 == config.train.steps
-    evaluate = every and (is_last or (step + 1) % every == 0)
-    eval_loss = training.evaluate() if evaluate else None
+    evaluated = training.evaluate() if evaluates_after(config, step + 1) else {}
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
         stragglers = parts.clock.compare(training, elastic.straggler_factor)
@@ -182,7 +181,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
                 reporter.straggler(step + 1, straggler)
     with training.busy("report"):
         if outcome.has_numbers:
-            reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
+            reporter.step(step, outcome, lr, timer.spans, times, evaluated)
         if checkpoints.after_step(step + 1, outcome):
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())

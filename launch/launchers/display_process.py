@@ -172,7 +172,6 @@ class _RunView:
             first: the plan of all ranks.
         """
         self._first, self._last = first, 0
-        self._evaluated: dict[int, float] = {}
         self._failures = SaveFailures()
         self.console = RunConsole(run, config, first)
 
@@ -185,17 +184,16 @@ class _RunView:
             fields["offload"] = OffloadMetrics(**line["offload"])
         if line["grad_norm"] is None:
             fields["grad_norm"] = float("nan")
+        evaluated = fields.get("validation", {})
+        fields["validation"] = {n: float("nan") if v is None else v for n, v in evaluated.items()}
         metrics = StepMetrics(**fields)
-        evaluated = self._evaluated.pop(metrics.step, None)
-        self.console.step(metrics, memory_gib=None, mfu=None, eval_loss=evaluated)
+        self.console.step(metrics, memory_gib=None, mfu=None)
         self._last = metrics.step
 
     def event(self, line: dict[str, Any]) -> None:
         """Show an event."""
         name, note = line["event"], self.console.display.note
-        if name == "evaluated":
-            self._evaluated[line["step"]] = line["loss"]
-        elif name == "rank_lost":
+        if name == "rank_lost":
             note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
             if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):

@@ -49,7 +49,7 @@ def train_and_evaluate(rank: int, world_size: int, store: Store, *, config: dict
     return {
         "losses": losses,
         "norms": norms,
-        "held out": [training.evaluate().hex()],
+        "held out": [training.evaluate()["held_out"].hex()],
         "digest": training.parameter_digest(),
         "certificate": certificate.get("compiled passes"),
         "compiler": "torch._inductor.compile_fx" in sys.modules,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -211,7 +212,40 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
         training.compute(step)
         training.vote(*training.reduce())
         training.apply(rate_of(run_config, step))
-    return training.evaluate()
+    return training.evaluate()["held_out"]
+
+
+def losses_at_the_start(
+    rank: int, world_size: int, store: Any, *, config: dict
+) -> dict[str, float]:
+    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.worlds.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    return open_training(run_config, local_world(rank, world_size), store).evaluate()
+
+
+@pytest.mark.mp
+def test_the_loss_of_a_validation_set_is_that_of_a_plain_loop_over_its_windows(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    text = ("Tyger Tyger, burning bright, In the forests of the night " * 3)[:128]
+    (tmp_path / "poem.txt").write_text(text)
+    sets = [{"name": "poem", "kind": "text", "path": [str(tmp_path / "poem.txt")]}]
+    config = make_config(
+        model={"dropout": 0.0, "layers": 2, "vocab": 257},
+        data={"validation": sets},
+        train={"global_batch": 8, "micro_batch": 2, "eval_every": 1},
+        parallel={"pipeline": 2},
+    )
+    plain, function = msgspec.to_builtins(config), "test_oracles:losses_at_the_start"
+    ours = cluster.run(function, 2, config=plain)
+    tokens = torch.tensor([*text.encode(), 256])
+    windows = torch.stack([tokens[first : first + 17] for first in range(0, 128, 16)])
+    logits = oracle(config)(windows[:, :-1]).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert ours[0] == ours[1]
+    assert ours[0]["poem"] == pytest.approx(theirs.item(), rel=1e-6)
 
 
 @pytest.mark.mp

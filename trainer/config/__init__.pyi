@@ -5,8 +5,10 @@ from .changes import (
     refused_changes as refused_changes,
 )
 from .data_section import (
+    HELD_OUT as HELD_OUT,
     DataConfig as DataConfig,
     check_data_config as check_data_config,
+    validation_data as validation_data,
 )
 from .flat import (
     flat_keys as flat_keys,

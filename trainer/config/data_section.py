@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import msgspec
 
 from holdfast.parallel.errors import DataError, shown
+
+HELD_OUT = "held_out"
+"""The name of the part of the corpora that is held out, among the validation sets."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A validation set: a `[[data.validation]]` table. All of its tokens are evaluated on, at most.
+
+    Attributes:
+        name: what its loss is called.
+        path: as `data.path`.
+        kind: as `data.kind`; "": that of `[data]`.
+        tokenizer: as `data.tokenizer`; "": that of `[data]`.
+    """
+
+    name: str
+    path: list[str]
+    kind: Literal["", "text", "megatron"] = ""
+    tokenizer: str = ""
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +50,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         packing_buffer: for "best-fit", the sequences that are open at once.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
+        validation: sets that the run evaluates on beside what is held out, by name.
     """
 
     kind: Literal["synthetic", "text", "megatron"] = "synthetic"
@@ -41,6 +63,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     packing_buffer: int = 1024
     eval_fraction: float = 0.05
     seed: int = 0
+    validation: list[ValidationConfig] = []
 
 
 _TEXT_ONLY = ("tokenizer", "json_key", "end_of_text")
@@ -103,3 +126,54 @@ def check_data_config(data: DataConfig) -> None:
                 f"data.weights[{position}] = {weight}: every weight is a positive number; "
                 "leave the path out to use none of it"
             )
+    _check_validation(data)
+
+
+def validation_data(data: DataConfig, own: ValidationConfig) -> DataConfig:
+    """The `[data]` section of a validation set, whose text is read and cut as the run's is. Pure.
+
+    Its order has a seed of its own, so that runs of any seed evaluate on the same sequences.
+    """
+    kind = own.kind or data.kind
+    same = data if kind == data.kind else DataConfig()
+    return DataConfig(
+        kind=kind,
+        path=own.path,
+        tokenizer=own.tokenizer or same.tokenizer,
+        json_key=same.json_key,
+        end_of_text=same.end_of_text,
+        packing=data.packing,
+        packing_buffer=data.packing_buffer,
+        eval_fraction=0.0,
+    )
+
+
+def _check_validation(data: DataConfig) -> None:
+    names: set[str] = {HELD_OUT}
+    for number, own in enumerate(data.validation):
+        where = f"data.validation[{number}]"
+        if not _NAME.fullmatch(own.name):
+            raise DataError(
+                f"{where}.name = {shown(own.name)}: allowed are at most 64 letters, digits, "
+                "'_', '.' and '-', the first of them a letter or digit"
+            )
+        if own.name in names:
+            raise DataError(
+                f"{where}.name = {shown(own.name)}: it is the name of another set "
+                f"({HELD_OUT!r} is what the run holds out); give each its own"
+            )
+        names.add(own.name)
+        if not own.path:
+            raise DataError(f"{where}.path = []: name the files of {own.name!r}")
+        kind = own.kind or data.kind
+        if kind == "synthetic":
+            raise DataError(
+                f'{where}.kind = "" with data.kind = "synthetic": a validation set has files; set '
+                f'{where}.kind = "text" or "megatron"'
+            )
+        if kind == "text" and data.kind == "megatron" and not own.tokenizer:
+            raise DataError(
+                f'{where}.kind = "text" with data.kind = "megatron": name the tokenizer that made '
+                f"the tokens in {where}.tokenizer"
+            )
+        check_data_config(validation_data(data, own))

@@ -157,9 +157,18 @@ def _check_tables(section: str, kind: type[Any], keys: Mapping[str, Any]) -> Non
 def _with_lists(table: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table, where one path is the list of it."""
     data = table.get("data")
-    if isinstance(data, Mapping) and isinstance(data.get("path"), str):
-        return {**table, "data": {**data, "path": [data["path"]]}}
-    return table
+    if not isinstance(data, Mapping):
+        return table
+    listed = _with_list(data)
+    if isinstance(sets := data.get("validation"), list):
+        own = [_with_list(one) if isinstance(one, Mapping) else one for one in sets]
+        listed = {**listed, "validation": own}
+    return {**table, "data": listed}
+
+
+def _with_list(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    path = table.get("path")
+    return {**table, "path": [path]} if isinstance(path, str) else table
 
 
 def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:

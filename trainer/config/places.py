@@ -14,15 +14,30 @@ def anchored(config: RunConfig) -> RunConfig:
     A relative path lies below the folder in which the command runs.
     """
     data, checkpoint, offload = config.data, config.checkpoint, config.offload
-    tokenizer = data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer)
     path = checkpoint.path if checkpoint.url else _absolute(checkpoint.path)
     replace = msgspec.structs.replace
     return replace(
         config,
-        data=replace(data, path=[_absolute(path) for path in data.path], tokenizer=tokenizer),
+        data=replace(
+            data,
+            path=[_absolute(path) for path in data.path],
+            tokenizer=_tokenizer(data.tokenizer),
+            validation=[
+                replace(
+                    own,
+                    path=[_absolute(path) for path in own.path],
+                    tokenizer=_tokenizer(own.tokenizer),
+                )
+                for own in data.validation
+            ],
+        ),
         checkpoint=replace(checkpoint, path=path),
         offload=replace(offload, path=_absolute(offload.path)),
     )
+
+
+def _tokenizer(name: str) -> str:
+    return name if name == "bytes" else _absolute(name)
 
 
 def _absolute(path: str) -> str:

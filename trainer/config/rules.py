@@ -87,6 +87,10 @@ def config_notes(config: RunConfig) -> Iterator[str]:
                 f"note: optimizer.lr_stages[{number}].start = {stage.start} with train.steps = "
                 f"{steps}: the stage is not reached"
             )
+    if config.data.validation and not config.train.eval_every:
+        yield (
+            "note: data.validation names sets, and train.eval_every = 0: the run evaluates on none"
+        )
 
 
 def _choices(config: RunConfig) -> Iterator[str]:
@@ -125,8 +129,12 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which "
             f"has 256 bytes and a separator; set it to {BYTE_VOCAB} or more, or leave it out"
         )
-    if config.train.eval_every and config.data.eval_fraction == 0:
-        yield "train.eval_every needs held-out data; set data.eval_fraction above 0"
+    data = config.data
+    if config.train.eval_every and data.eval_fraction == 0 and not data.validation:
+        yield (
+            "train.eval_every needs held-out data; set data.eval_fraction above 0, or name sets in "
+            "[[data.validation]]"
+        )
 
 
 def _exchange(config: RunConfig) -> Iterator[str]:

@@ -55,8 +55,7 @@ _NAMES: Mapping[str, str] = {
         "activation_checkpointing gradient_checkpointing ac_mode recompute_granularity remat"
     ),
     _EVALUATION: (
-        "eval_interval eval_steps eval_iters validation val_check_interval validation_split "
-        "val_split"
+        "eval_interval eval_steps eval_iters val_check_interval validation_split val_split"
     ),
     "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
     "model.hidden": "d_model dim n_embd hidden_size width embed_dim",

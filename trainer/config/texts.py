@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -23,9 +23,21 @@ def text_problems(config: RunConfig) -> Iterator[str]:
     """One line per text with control characters, of no encoding, or longer than a path. Pure."""
     for section, keys in msgspec.to_builtins(config).items():
         for key, value in keys.items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and (problem := _problem(text)):
-                    yield f"{section}.{key} = {shown(text)}: {problem}"
+            for name, text in _texts(f"{section}.{key}", value):
+                if problem := _problem(text):
+                    yield f"{name} = {shown(text)}: {problem}"
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in the value of a key, each with the name of its place."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, own in value.items():
+            yield from _texts(f"{name}.{key}", own)
+    elif isinstance(value, list):
+        for number, own in enumerate(value):
+            yield from _texts(name if isinstance(own, str) else f"{name}[{number}]", own)
 
 
 def place_problems(config: RunConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch.distributed import DistError
@@ -72,7 +72,11 @@ class Session(Protocol):
 
     def record(self, change: CompletedChange, *, urgent: bool) -> None: ...
 
-    def report_interrupted_step(self, change: CompletedChange) -> None: ...
+    def evaluate_interrupted_step(self, change: CompletedChange) -> Mapping[str, float]: ...
+
+    def report_interrupted_step(
+        self, change: CompletedChange, evaluated: Mapping[str, float]
+    ) -> None: ...
 
 
 class ElasticLoop:
@@ -202,17 +206,19 @@ class ElasticLoop:
                 raise HandedOver("this rank was told to leave, and has handed its state over")
             self._tidy_from = tidy_step(change, training, respawn=self._config.elastic.respawn)
             self._session.go_on(change, training)
-            sound = interrupted = False
+            sound, interrupted, evaluated = False, False, {}
             try:
                 had_state = change.before is not None or bool(change.recovery.holders)
                 sound = not had_state or self._is_sound(training.progress.decided)
+                if sound:
+                    evaluated = self._session.evaluate_interrupted_step(change)
             except (PeerLost, DistError) as error:
-                logger.warning("the state after a change was not compared: %s", error)
+                logger.warning("what follows a change was interrupted: %s", error)
                 self._recovery.abort(str(error))
-                interrupted = True
+                sound, interrupted = False, True
             self._session.record(change, urgent=urgent)
             if sound:
-                self._session.report_interrupted_step(change)
+                self._session.report_interrupted_step(change, evaluated)
                 return training
             urgent = interrupted
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import msgspec
@@ -23,10 +23,11 @@ from holdfast.trainer.elastic.corruption import compare_copies, repair
 from holdfast.trainer.elastic.incidents import ChangeFiles, ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
+from holdfast.trainer.elastic.transition import WITHIN_STEP
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import EventFile, PhaseClock, Reporter
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
-from holdfast.trainer.step import Outcome, Requests, Training, rate_of
+from holdfast.trainer.step import Outcome, Requests, Training, evaluates_after, rate_of
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -156,8 +157,25 @@ class ElasticSession:
             with training.busy("report"):
                 write_changes(self._records, self._changes)
 
-    def report_interrupted_step(self, change: CompletedChange) -> None:
-        """Report the step before a change, as all ranks know it, and save it if that is due."""
+    def evaluate_interrupted_step(self, change: CompletedChange) -> dict[str, float]:
+        """The losses of validation sets after the step before a change, if that is due.
+
+        The evaluation may be what the change interrupted. Collective over all ranks.
+        """
+        within = any(member.phase == WITHIN_STEP for member in change.after.members)
+        known = within and _interrupted_step(change) is not None
+        if known and evaluates_after(self._config, change.recovery.steps):
+            return self._parts().training.evaluate()
+        return {}
+
+    def report_interrupted_step(
+        self, change: CompletedChange, evaluated: Mapping[str, float]
+    ) -> None:
+        """Report the step before a change, as all ranks know it, and save it if that is due.
+
+        Args:
+            evaluated: the losses of validation sets after it.
+        """
         outcome, steps = _interrupted_step(change), change.recovery.steps
         if outcome is None:
             return
@@ -165,7 +183,7 @@ class ElasticSession:
         with parts.training.busy("report"):
             if outcome.has_numbers:
                 lr = rate_of(self._config, steps - 1)
-                parts.reporter.step(steps - 1, outcome, lr, (), None, None)
+                parts.reporter.step(steps - 1, outcome, lr, (), None, evaluated)
             if steps > parts.checkpoints.committed_step:
                 parts.checkpoints.after_step(steps, outcome)
 

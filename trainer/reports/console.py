@@ -22,6 +22,7 @@ from rich.text import Text
 from holdfast.parallel.errors import printable
 from holdfast.parallel.output import ConsoleLog, plain_console, plain_text
 from holdfast.parallel.plan import Plan
+from holdfast.trainer.config import HELD_OUT
 from holdfast.trainer.reports.layout_table import LayoutTable
 from holdfast.trainer.reports.live_panel import LivePanel
 
@@ -38,8 +39,8 @@ class ProgressLine:
     tokens_per_s: float
     left_s: float
     memory_gib: float | None
-    eval_loss: float | None
-    """The held-out loss of this step, if it was evaluated."""
+    evaluated: Mapping[str, float]
+    """The losses of validation sets after this step, by name; empty: it was not evaluated."""
     mfu: float | None
     offload: str = ""
     """The offloaded part of the activations, in words."""
@@ -58,11 +59,15 @@ class ProgressLine:
         if self.memory_gib is not None:
             parts.append(f"memory {self.memory_gib:5.2f} GiB")
         parts.append(f"left {duration(self.left_s):>7}")
-        if self.eval_loss is not None:
-            parts.append(f"held-out loss {self.eval_loss:.4f}")
+        parts += [f"{loss_name(name)} {loss:.4f}" for name, loss in self.evaluated.items()]
         if self.offload:
             parts.append(self.offload)
         return "  ".join(parts)
+
+
+def loss_name(name: str) -> str:
+    """What the loss of a validation set is called. Pure."""
+    return f"{'held-out' if name == HELD_OUT else name} loss"
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +110,7 @@ class Display:
         began_s = clock()
         self._log, self._elapsed = ConsoleLog(log), lambda: duration(clock() - began_s)
         self._losses: list[float] = []
-        self._eval_loss: float | None = None
+        self._evaluated: Mapping[str, float] = {}
         self._progress: ProgressLine | None = None
         self._said_step = 0
         """The last step that has a line."""
@@ -161,13 +166,12 @@ class Display:
     def show(self, progress: ProgressLine) -> None:
         """Show a step; every so many have a line, and those with a held-out loss."""
         self._losses.append(progress.loss)
-        if progress.eval_loss is not None:
-            self._eval_loss = progress.eval_loss
+        self._evaluated = progress.evaluated or self._evaluated
         self._progress = progress
         if (
             progress.step % self._every == 0
             or progress.step in (1, progress.steps)
-            or progress.eval_loss is not None
+            or progress.evaluated
         ):
             self._say_step(progress)
         elif self._panel is not None:
@@ -216,11 +220,11 @@ class Display:
         else:
             alive = self._plan.stage_replicas.size
             configured = self._plan.configured_mesh.size
-            held_out = "-" if self._eval_loss is None else f"{self._eval_loss:.4f}"
+            evaluated = [(loss_name(name), f"{loss:.4f}") for name, loss in self._evaluated.items()]
             shown = [
                 ("step", f"{progress.step} / {progress.steps}"),
                 ("loss", f"{progress.loss:.4f}"),
-                ("held-out loss", held_out),
+                *(evaluated or [(loss_name(HELD_OUT), "-")]),
                 ("lr", f"{progress.lr:.2e}"),
                 ("grad norm", f"{progress.grad_norm:.3f}"),
                 ("tokens/s", f"{progress.tokens_per_s:,.0f}"),

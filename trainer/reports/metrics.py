@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,23 @@ class StepMetrics:
     """Given if activations are offloaded; otherwise the line has no such key."""
     skipped: str = ""
     """"spike" if the step was left out as one; otherwise the line has no such key."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """The losses of validation sets after the step, by name; without any there is no such key."""
+    validation_hex: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> bytes:
         """The line of the file; numbers that JSON lacks become null."""
         fields: dict[str, Any] = asdict(self)
-        for name in ("offload", "skipped"):
+        for name in ("offload", "skipped", "validation", "validation_hex"):
             if not fields[name]:
                 fields.pop(name)
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in fields.items()
-        }
-        return (json.dumps(finite) + "\n").encode()
+        return (json.dumps(_finite(fields)) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import torch
@@ -13,6 +13,7 @@ from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
 from holdfast.parallel.output import SAVING, WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
+from holdfast.trainer.config import HELD_OUT
 from holdfast.trainer.data import coverage_of
 from holdfast.trainer.reports.checkpoint_events import (
     SaveFailures,
@@ -92,11 +93,12 @@ class Reporter:
         lr: float,
         phases: Sequence[PhaseSpan],
         times: ActionTimes | None,
-        eval_loss: float | None,
+        evaluated: Mapping[str, float],
     ) -> None:
         """Report one committed step, counted from 0; once only.
 
         Args:
+            evaluated: the losses of the validation sets after it, by name; empty: none.
             times: the action times of the program; None if a recovery finished the step.
         """
         if step < self._reported:
@@ -105,26 +107,34 @@ class Reporter:
         self._trace(step + 1, phases, times)
         now = self._clock()
         step_s, self._last_s = now - self._last_s, now
-        metrics = self._metrics(step + 1, outcome, lr, step_s)
+        metrics = self._metrics(step + 1, outcome, lr, step_s, evaluated)
         memory_gib, mfu = _peak_memory_gib(self._training.device), self._utilisation(step_s)
         extra = {"memory/max_active(GiB)": memory_gib}
         if mfu is not None:
             extra["mfu(%)"] = 100 * mfu
         if self._training.config.numerics.spike_window:
             extra["optim/step_skipped"] = float(bool(outcome.spike))
-        if eval_loss is not None:
-            extra["validation_metrics/loss"] = eval_loss
+        for name, loss in evaluated.items():
+            own = "" if name == HELD_OUT else f"/{name}"
+            extra[f"validation_metrics/loss{own}"] = loss
             self._records.event(
-                "evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex()
+                "evaluated", step=step + 1, set=name, loss=loss, loss_hex=loss.hex()
             )
         self._records.step(metrics, extra)
         if self._console is not None:
-            self._console.step(metrics, memory_gib=memory_gib, mfu=mfu, eval_loss=eval_loss)
+            self._console.step(metrics, memory_gib=memory_gib, mfu=mfu)
         elif self._records.waits:
             steps = self._training.config.train.steps
             self._events.word.say(f"step {metrics.step}/{steps}  loss {metrics.loss:.4f}")
 
-    def _metrics(self, step: int, outcome: Outcome, lr: float, step_s: float) -> StepMetrics:
+    def _metrics(
+        self,
+        step: int,
+        outcome: Outcome,
+        lr: float,
+        step_s: float,
+        evaluated: Mapping[str, float],
+    ) -> StepMetrics:
         """The line of metrics.jsonl for a step, counted from 1."""
         tokens, plan = self._training.step_tokens, self._training.plan
         return StepMetrics(
@@ -140,6 +150,8 @@ class Reporter:
             world=plan.stage_replicas.size,
             generation=plan.generation,
             skipped="spike" if outcome.spike else "",
+            validation=dict(evaluated),
+            validation_hex={name: loss.hex() for name, loss in evaluated.items()},
             offload=self._offloaded(step, step_s),
         )
 

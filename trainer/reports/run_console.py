@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from holdfast.parallel.errors import counted
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports.console import Display, ProgressLine, duration
+from holdfast.trainer.reports.console import Display, ProgressLine, duration, loss_name
 from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import described
 from holdfast.trainer.run import RunDirectory
@@ -26,7 +26,7 @@ class RunConsole:
         """Start the display."""
         self._root, self._steps = run.root, config.train.steps
         self._losses: list[float] = []
-        self._eval_loss: float | None = None
+        self._evaluated: Mapping[str, float] = {}
         self._step_times: list[float] = []
         self._step_tokens = 0.0
         self._lost = self._recoveries = self._repeated = 0
@@ -45,7 +45,6 @@ class RunConsole:
         *,
         memory_gib: float | None,
         mfu: float | None,
-        eval_loss: float | None,
     ) -> None:
         """Show a committed step.
 
@@ -56,7 +55,7 @@ class RunConsole:
         self._losses.append(metrics.loss)
         self._step_times.append(metrics.step_s)
         self._step_tokens = metrics.tokens / metrics.step
-        self._eval_loss = eval_loss if eval_loss is not None else self._eval_loss
+        self._evaluated = metrics.validation or self._evaluated
         recent_s = statistics.median(self._step_times[-_RECENT:])
         self.display.show(
             ProgressLine(
@@ -68,7 +67,7 @@ class RunConsole:
                 tokens_per_s=self._step_tokens / recent_s,
                 left_s=(self._steps - metrics.step) * recent_s,
                 memory_gib=memory_gib,
-                eval_loss=eval_loss,
+                evaluated=metrics.validation,
                 mfu=mfu,
                 offload=described(metrics.offload) if metrics.offload is not None else "",
             )
@@ -100,8 +99,7 @@ class RunConsole:
             summary = [("steps", f"{self._steps}, all made before")]
         if made:
             summary.append(("loss", f"{self._losses[0]:.4f} -> {self._losses[-1]:.4f}"))
-        if self._eval_loss is not None:
-            summary.append(("held-out loss", f"{self._eval_loss:.4f}"))
+        summary += [(loss_name(name), f"{loss:.4f}") for name, loss in self._evaluated.items()]
         if made:
             speed = self._step_tokens / statistics.median(self._step_times)
             summary.append(("speed", f"{speed:,.0f} tokens/s (median step)"))

@@ -48,6 +48,8 @@ MUST_MATCH = (
     "train.precision",
 )
 """The keys that must not change, because the run would be another run."""
+_BESIDE_TRAINING = "data.validation"
+"""The key among these that changes nothing of the training."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -239,7 +241,7 @@ def differing_from_run(
     found = [
         difference
         for difference in differing_keys(saved, msgspec.to_builtins(anchored(config)), MUST_MATCH)
-        if difference[0] in given
+        if difference[0] in given and difference[0] != _BESIDE_TRAINING
     ]
     of_data = {key for key, *_ in found if key.startswith("data.")}
     if of_data and of_data <= {*DATA_PATHS} and fingerprint == _moved_data(saved, config):

@@ -10,6 +10,10 @@ from .build import (
 from .construction import (
     open_split as open_split,
 )
+from .evaluation import (
+    evaluates_after as evaluates_after,
+    open_validation as open_validation,
+)
 from .learning_rate import (
     rate_of as rate_of,
 )

@@ -1,11 +1,44 @@
-"""The mean loss on held-out data."""
+"""The validation sets of a run, and the mean loss on one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from holdfast.parallel.comm import Communicator
+from holdfast.trainer.config import HELD_OUT, RunConfig, validation_data
+from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.step.ballot import SliceLosses, loss_slots, mean_loss
+from holdfast.trainer.step.construction import open_split
+
+
+def evaluates_after(config: RunConfig, step: int) -> bool:
+    """Whether a run evaluates after `step` steps. Pure."""
+    every = config.train.eval_every
+    return bool(every) and (step == config.train.steps or step % every == 0)
+
+
+def open_validation(config: RunConfig) -> dict[str, Dataset]:
+    """The data that a run evaluates on, by name: what is held out first, and the named sets.
+
+    The order of a named set does not depend on the run's seed.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    found = {} if config.data.eval_fraction == 0 else {HELD_OUT: open_split(config, "eval")}
+    for own in config.data.validation:
+        section = validation_data(config.data, own)
+        vocab, seq_len = config.model.vocab, config.train.seq_len
+        found[own.name] = open_dataset(section, vocab=vocab, seq_len=seq_len, seed=0)
+    return found
+
+
+def batches_of(config: RunConfig, name: str, data: Dataset) -> int:
+    """The global batches of an evaluation: a named set is not read more than once. Pure."""
+    batches = config.train.eval_batches
+    if name == HELD_OUT:
+        return batches
+    return min(batches, max(1, data.size // config.train.global_batch))
 
 
 def mean_held_out_loss(

@@ -53,7 +53,11 @@ from holdfast.trainer.step.construction import (
     prepared,
 )
 from holdfast.trainer.step.digest import parameter_digest
-from holdfast.trainer.step.evaluation import mean_held_out_loss
+from holdfast.trainer.step.evaluation import (
+    batches_of,
+    mean_held_out_loss,
+    open_validation,
+)
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
@@ -99,8 +103,10 @@ class Training:
         self.config, self.rank, self.device = config, rank, device
         self.plan, self.groups = plan, groups
         self.data = open_split(config, "train") if before is None else before.data
-        self._held_out: Dataset | None = None if before is None else before._held_out
-        """Held-out data, from the first evaluation on."""
+        self._validation = None if before is None else before._validation
+        """The data to evaluate on, by name; what is held out is opened by the first evaluation."""
+        if before is None and config.train.eval_every and config.data.validation:
+            self._validation = open_validation(config)
         self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = self._new_offloader() if before is None else before.offloader
         self._is_gathering = False
@@ -444,26 +450,28 @@ class Training:
         others = (index for axis, index in here.items() if axis != "context")
         return None if any(others) else self._last_losses
 
-    def evaluate(self) -> float:
-        """The mean held-out loss of `train.eval_batches` global batches.
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss of each validation set, by name. Collective over all ranks.
 
-        Collective over all ranks.
+        It is that of `train.eval_batches` global batches, or of as many as the set has.
         """
-        if self._held_out is None:
+        if self._validation is None:
             with self.busy("read"):
-                self._held_out = open_split(self.config, "eval")
-        return mean_held_out_loss(
-            self._held_out_losses,
-            partial(self._held_out.predicted, global_batch=self.config.train.global_batch),
-            self.groups.control,
-            batches=self.config.train.eval_batches,
-            micro_batches=self.step_micro_batches,
-            slices=self.slices.count,
-        )
+                self._validation = open_validation(self.config)
+        return {
+            name: mean_held_out_loss(
+                partial(self._losses_on, data),
+                partial(data.predicted, global_batch=self.config.train.global_batch),
+                self.groups.control,
+                batches=batches_of(self.config, name, data),
+                micro_batches=self.step_micro_batches,
+                slices=self.slices.count,
+            )
+            for name, data in self._validation.items()
+        }
 
-    def _held_out_losses(self, batch: int) -> SliceLosses:
-        assert self._held_out is not None
-        self._start(batch, self._held_out, training=False)
+    def _losses_on(self, data: Dataset, batch: int) -> SliceLosses:
+        self._start(batch, data, training=False)
         with self.busy("evaluate"), self._layers_of(partial(evaluation_program, self.plan)):
             self.executor.run(*self._forward_program)
         if self.model.layers is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from holdfast.trainer.config import DataConfig, RunConfig
-from holdfast.trainer.step import backend_of, choose_device, open_split
+from holdfast.trainer.step import backend_of, choose_device, open_split, open_validation
 from holdfast.trainer.terms.certificate import make_certificate
 from holdfast.trainer.terms.terms import Terms, config_terms, software_versions
 
@@ -21,11 +21,20 @@ def own_terms(config: RunConfig, local_rank: int) -> Terms:
     resolved = {"train.device": device.type, "parallel.backend": backend_of(config, device)}
     return Terms(
         config_terms(config, resolved),
-        open_split(config, "train").fingerprint,
+        _fingerprint(config),
         _source(config.data),
         software_versions(),
         make_certificate(config, device),
     )
+
+
+def _fingerprint(config: RunConfig) -> str:
+    """What stands for the data that a rank trains and evaluates on."""
+    train = open_split(config, "train").fingerprint
+    if not (config.train.eval_every and config.data.validation):
+        return train
+    named = [f"{name} {data.fingerprint}" for name, data in open_validation(config).items()]
+    return ", ".join([train, *named])
 
 
 def _source(data: DataConfig) -> str:

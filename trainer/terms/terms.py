@@ -23,6 +23,7 @@ OF_A_MACHINE = (
     "log.",
     "data.path",
     "data.tokenizer",
+    "data.validation",
     "checkpoint.arena_mib",
     "elastic.lighthouse",
     "offload.path",
@@ -33,7 +34,7 @@ OF_A_MACHINE = (
     "offload.drive_tbw",
 )
 """The keys that may differ between the machines of a run, because the bits and the order of
-messages do not depend on them. The data's fingerprint stands for its paths."""
+messages do not depend on them. The data's fingerprints stand for its paths."""
 DATA = "data"
 _DEPENDS_ON_THE_DEVICE = ("train.device", "parallel.backend")
 _NO_BITS = "numerics.reduction = 'fast', which promises no bits (without [elastic])"
@@ -57,7 +58,7 @@ class Terms(msgspec.Struct, frozen=True):
     config: dict[str, str] = {}
     """By `section.key`: the resolved value as JSON."""
     data: str = ""
-    """The fingerprint of the training data."""
+    """The fingerprint of the training data, and those of named validation sets."""
     data_from: str = ""
     """Where this rank reads it, for a person; it is not compared."""
     versions: dict[str, str] = {}

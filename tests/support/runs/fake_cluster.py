@@ -274,6 +274,8 @@ class FakeSession:
     """Steps, counted from 1, at which a comparison finds owners corrupt, once."""
     interrupt_compare: int = 0
     """How many comparisons end because a peer is lost."""
+    interrupt_evaluation: int = 0
+    """How many evaluations after a change end because a peer is lost."""
     requests: Callable[[int], Requests] = lambda step: Requests()
     steps: list[tuple[int, bool, bool]] = field(default_factory=list)
     changes: list[CompletedChange] = field(default_factory=list)
@@ -323,7 +325,15 @@ class FakeSession:
     def record(self, change: CompletedChange, *, urgent: bool) -> None:
         self.recorded.append((change, urgent))
 
-    def report_interrupted_step(self, change: CompletedChange) -> None:
+    def evaluate_interrupted_step(self, change: CompletedChange) -> dict[str, float]:
+        if self.interrupt_evaluation and change.before is not None:
+            self.interrupt_evaluation -= 1
+            raise PeerLost("a peer is gone while the step before a change is evaluated")
+        return {}
+
+    def report_interrupted_step(
+        self, change: CompletedChange, evaluated: Mapping[str, float]
+    ) -> None:
         self.reported.append(change)
 
 

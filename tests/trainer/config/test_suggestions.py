@@ -29,7 +29,7 @@ def refusal(path: Path, override: str) -> str:
         ("train.grad_accum=4", "a step accumulates the gradients of global_batch / micro_batch"),
         ("train.gradientAccumulationSteps=4", "here it is train.global_batch and"),
         ("train.max-steps=4", "here it is train.steps"),
-        ("data.validation=4", "here it is train.eval_every, train.eval_batches and data.eval"),
+        ("data.val_split=4", "here it is train.eval_every, train.eval_batches and data.eval"),
         ("model.z_loss=1", "model.z_loss is not a key; [model] has family, layers, hidden"),
         ("model.bias=1", "model.bias is not a key; [model] has family"),
         ("paralel.tensor=2", "[paralel] is not a section; did you mean [parallel]?"),

@@ -237,6 +237,17 @@ def test_a_loss_while_the_state_after_a_change_is_compared_is_a_loss_like_any_ot
     assert numbers(session) == [0, 1, 2, 2, 3, 4, 5]
 
 
+def test_a_loss_while_the_step_before_a_change_is_evaluated_is_a_loss_like_any_other(
+    config: RunConfig,
+) -> None:
+    session = FakeSession(lose_at={2: "after"}, interrupt_evaluation=1)
+    made = worker(config, [Turn(lost(3)), Turn(lost(2))], session=session)
+    made.loop.run()
+    assert [call["urgent"] for call in made.membership.calls] == [False, True, True]
+    assert session.reported == [session.changes[0], session.changes[2]]
+    assert numbers(session) == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_repeated_run_changes_at_the_steps_of_the_first_and_waits_for_those_who_joined(
     config: RunConfig,
 ) -> None:

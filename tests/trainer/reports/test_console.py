@@ -103,8 +103,8 @@ def test_the_name_of_a_run_is_shown_as_it_is(
     assert kept.replace("a warning", "") != kept, "what is told on standard error is kept as well"
 
 
-def progress(step: int, eval_loss: float | None = None) -> ProgressLine:
-    return ProgressLine(step, 1000, 2.5, 1.25, 3e-4, 12345.0, 100.0, 0.25, eval_loss, None)
+def progress(step: int, **evaluated: float) -> ProgressLine:
+    return ProgressLine(step, 1000, 2.5, 1.25, 3e-4, 12345.0, 100.0, 0.25, evaluated, None)
 
 
 def test_lines_of_steps_have_their_numbers_in_the_same_columns() -> None:
@@ -112,6 +112,8 @@ def test_lines_of_steps_have_their_numbers_in_the_same_columns() -> None:
     assert "memory  0.25 GiB" in first
     assert len(first) == len(later)
     assert first.replace("step    1/", "step 1000/") == later
+    evaluated = progress(1, held_out=2.25, code=1.5).line()
+    assert evaluated == f"{first}  held-out loss 2.2500  code loss 1.5000"
 
 
 def on_a_terminal(plan: Plan, log: Path) -> OnTerminal:
@@ -123,7 +125,7 @@ def on_a_terminal(plan: Plan, log: Path) -> OnTerminal:
         for line in lines:
             what, _, value = line.strip().partition(" ")
             if what == "step":
-                display.show(progress(int(value), 2.25 if value == "25" else None))
+                display.show(progress(int(value), **({"held_out": 2.25} if value == "25" else {})))
             elif what == "error":
                 sys.stderr.write(f"{value}\n")
             else:
@@ -162,7 +164,7 @@ def test_a_terminal_keeps_the_story_above_the_panel_whatever_its_size(tmp_path: 
     for number in range(len(sizes)):
         expected.append(f"checkpoint of step {number}")
         if number == 2:
-            expected.append(progress(25, 2.25).line())
+            expected.append(progress(25, held_out=2.25).line())
         expected.append(f"a warning {number}")
     expected.append(progress(55).line())
     assert told == expected, "each line once, and the last step"
@@ -204,7 +206,9 @@ def test_a_terminal_of_a_launcher_gets_no_escapes_unless_asked_for(
 
 
 def metrics(step: int) -> StepMetrics:
-    return StepMetrics(step, 3.0, "", 1.0, "", 1e-3, 100 * step, 0.5, 200.0, 2, 1)
+    evaluated = {"held_out": 2.75, "code": 1.5} if step == 10 else {}
+    numbers = (1e-3, 100 * step, 0.5, 200.0, 2, 1)
+    return StepMetrics(step, 3.0, "", 1.0, "", *numbers, validation=evaluated)
 
 
 def test_a_summary_tells_the_steps_made_now_and_what_was_lost(
@@ -221,8 +225,7 @@ def test_a_summary_tells_the_steps_made_now_and_what_was_lost(
     def summary(steps: range, *, lost: bool = False) -> dict[str, str]:
         console = RunConsole(RunDirectory(tmp_path), config, first_plan(data=2, pipeline=1))
         for step in steps:
-            evaluated = 2.75 if step == 10 else None
-            console.step(metrics(step), memory_gib=None, mfu=None, eval_loss=evaluated)
+            console.step(metrics(step), memory_gib=None, mfu=None)
         if lost:
             console.recovered([1, 2], repeated=3)
         capsys.readouterr()
@@ -235,7 +238,7 @@ def test_a_summary_tells_the_steps_made_now_and_what_was_lost(
     assert whole["speed"] == "200 tokens/s (median step)"
     part = summary(range(8, 11), lost=True)
     assert part["steps"] == "10, of which 3 now, in 1:01"
-    assert part["held-out loss"] == "2.7500"
+    assert (part["held-out loss"], part["code loss"]) == ("2.7500", "1.5000")
     assert part["lost"] == "2 ranks; recoveries: 1; steps repeated: 3"
     none = summary(range(0))
     assert none["steps"] == "10, all made before"

@@ -119,10 +119,10 @@ def test_a_reporter_times_steps_by_its_clock_and_reports_each_once(tmp_path: Pat
     )
     outcome = Outcome(2.0, 1.0, 0, 0)
     now = 10.5
-    reporter.step(0, outcome, 0.1, (), None, None)
-    reporter.step(0, outcome, 0.1, (), None, None)
+    reporter.step(0, outcome, 0.1, (), None, {})
+    reporter.step(0, outcome, 0.1, (), None, {})
     now = 12.5
-    reporter.step(1, outcome, 0.1, (), None, 1.5)
+    reporter.step(1, outcome, 0.1, (), None, {"held_out": 1.5})
     now = 13.0
     reporter.finished("ab" * 32)
     reporter.close()

@@ -102,7 +102,7 @@ def test_a_decided_step_includes_nothing_and_an_interrupted_one_all_that_was_add
 
 def test_evaluation_changes_no_parameter_and_gives_the_same_loss_again(training: Training) -> None:
     digest = training.parameter_digest()
-    losses = [training.evaluate(), training.evaluate()]
+    losses = [training.evaluate()["held_out"], training.evaluate()["held_out"]]
     assert losses[0] == losses[1] > 0
     assert training.parameter_digest() == digest
 

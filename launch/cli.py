@@ -37,6 +37,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "chaos": "chaos",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
     "convert": "convert",
+    "generate": "text",
+    "evaluate": "evaluation",
 }
 """By the name of a command, the module of launch.commands whose `register` adds it."""
 RECORDED: Final = ("train", "resume", "replay", "join")

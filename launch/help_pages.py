@@ -48,6 +48,17 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast convert Llama-folder start --to holdfast",
         "holdfast convert lit_model.pth start --to holdfast --map rules.toml --value heads=32",
     ),
+    "generate": (
+        'holdfast generate runs/run-1 --prompt "Once upon a time"',
+        "holdfast generate runs/run-1 --prompt-file a.txt --temperature 0.8 --samples 4 --seed 7",
+        "holdfast generate runs/run-1 --prompt-file prompt.txt --json",
+    ),
+    "evaluate": (
+        "holdfast evaluate runs/run-1",
+        "holdfast evaluate runs/run-1/checkpoints/step-00000050 --text book.txt --text web.jsonl",
+        "holdfast evaluate runs/run-1 --text book.txt --context 2048 --stride 512 --json",
+        "holdfast evaluate runs/run-1 --data other.toml",
+    ),
 }
 """By command: lines to type."""
 

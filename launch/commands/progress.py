@@ -11,10 +11,12 @@ from holdfast.parallel.output import plain_console
 
 
 @contextmanager
-def shown_progress(what: str, *, threaded: bool = True) -> Iterator[Callable[[int, int], None]]:
+def shown_progress(
+    what: str, *, threaded: bool = True
+) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on standard error during the block, if that is a terminal.
 
-    Yields a function of the bytes done and the bytes in all.
+    Yields a function of the bytes done and the bytes in all, if these are known.
 
     Args:
         threaded: whether a thread draws it; without one, the block can fork processes.
@@ -30,7 +32,7 @@ def shown_progress(what: str, *, threaded: bool = True) -> Iterator[Callable[[in
     ) as bar:
         task = bar.add_task(what, total=None)
 
-        def show(done: int, total: int) -> None:
+        def show(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total, refresh=not threaded)
 
         yield show

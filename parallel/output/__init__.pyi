@@ -41,6 +41,7 @@ from .terminal import (
     plain_text as plain_text,
     say as say,
     tell as tell,
+    write as write,
 )
 from .whole_files import (
     WholeFiles as WholeFiles,

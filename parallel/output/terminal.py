@@ -1,6 +1,7 @@
 """Text for a person: names from files and paths neither steer the terminal nor are markup.
 
-Everything that a command prints goes through `say`, `tell` or a console of `plain_console`.
+Everything that a command prints goes through `say`, `tell`, `write` or a console of
+`plain_console`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ def say(line: str) -> None:
 def tell(line: str) -> None:
     """Print a line for a person to standard error."""
     print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def write(text: str) -> None:
+    """Write a part of a text to standard output: as it is, or as a terminal can show it."""
+    shown = "\t".join(map(printable, text.split("\t"))) if sys.stdout.isatty() else text
+    print(shown, end="", flush=True)  # noqa: T201
 
 
 def plain_console(

@@ -1,6 +1,7 @@
 from .bigram import bigram_loss as bigram_loss
 from .corpora import (
     corpus_notes as corpus_notes,
+    documents_in as documents_in,
     exported_tokenizer as exported_tokenizer,
     prepare as prepare,
 )

@@ -174,6 +174,8 @@ def build_whole_model(
     vocab_chunk: int = 0,
     shards: int = 1,
     strips: int = 1,
+    weights: Weights = "drawn",
+    compiles: bool = False,
 ) -> ModelChunk:
     """All layers as one chunk of one rank. Local.
 
@@ -199,6 +201,8 @@ def build_whole_model(
         device=device,
         seq_len=seq_len,
         seed=seed,
+        weights=weights,
+        compiles=compiles,
     )
 
 

@@ -1,3 +1,6 @@
+from .ballot import (
+    by_slice as by_slice,
+)
 from .build import (
     UNKNOWN_MEMORY as UNKNOWN_MEMORY,
     DeviceMemory as DeviceMemory,
@@ -11,7 +14,9 @@ from .construction import (
     open_split as open_split,
 )
 from .evaluation import (
+    batches_of as batches_of,
     evaluates_after as evaluates_after,
+    mean_held_out_loss as mean_held_out_loss,
     open_validation as open_validation,
 )
 from .learning_rate import (

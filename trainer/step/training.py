@@ -462,7 +462,7 @@ class Training:
             name: mean_held_out_loss(
                 partial(self._losses_on, data),
                 partial(data.predicted, global_batch=self.config.train.global_batch),
-                self.groups.control,
+                lambda slots: self.groups.control.all_reduce(slots).wait(),
                 batches=batches_of(self.config, name, data),
                 micro_batches=self.step_micro_batches,
                 slices=self.slices.count,

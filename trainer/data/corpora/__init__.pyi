@@ -1,3 +1,4 @@
+from .document_reading import documents_in as documents_in
 from .documents import list_documents as list_documents
 from .megatron import (
     megatron_stream as megatron_stream,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import MOST_BYTES, open_regular
 from holdfast.trainer.config import machine_memory_bytes
+from holdfast.trainer.data.corpora.documents import list_documents
 from holdfast.trainer.data.corpora.json_lines import (
     ARRAY_SUFFIX,
     SUFFIXES,
@@ -119,6 +120,18 @@ def read_documents(
             form.json_key,
             reader.without_text[0],
         )
+
+
+def documents_in(path: str, *, key: str, json_key: str = "text") -> Iterator[bytes]:
+    """The documents of a file or folder, not empty, checked to be UTF-8; see `read_documents`.
+
+    Args:
+        key: the name of the path in messages.
+        json_key: the key of the text in JSON; "": JSON is plain text.
+    """
+    most = machine_memory_bytes() // _ARRAY_MEMORY_RATIO
+    form = DocumentForm(json_key, most_bytes=most, most_array_bytes=most)
+    return read_documents(list_documents([path], key=key), key=key, form=form)
 
 
 @dataclass(slots=True)

@@ -255,6 +255,7 @@ def configuration_defaults() -> dict[str, Any]:
     """Every key of the configuration with its default, in the form of TOML."""
     import msgspec
 
+    from holdfast.parallel.optimizer import OPTIMIZERS
     from holdfast.trainer.config import RunConfig
 
     found: dict[str, Any] = {}
@@ -264,6 +265,8 @@ def configuration_defaults() -> dict[str, Any]:
             if key.default is msgspec.NODEFAULT and not key.required:
                 value = key.default_factory()
             found[f"{section.name}.{key.name}"] = list(value) if isinstance(value, tuple) else value
+    for rule in OPTIMIZERS.values():
+        found |= {f"optimizer.{key.name}": key.default for key in rule.own_keys}
     return found
 
 
@@ -271,13 +274,14 @@ def configuration_keys() -> frozenset[str]:
     """Every key of the configuration, as `section.key`."""
     import msgspec
 
+    from holdfast.parallel.optimizer import OPTIMIZERS
     from holdfast.trainer.config import RunConfig
 
     return frozenset(
         f"{section.name}.{key.name}"
         for section in msgspec.structs.fields(RunConfig)
         for key in msgspec.structs.fields(section.type)
-    )
+    ) | {f"optimizer.{key.name}" for rule in OPTIMIZERS.values() for key in rule.own_keys}
 
 
 @IN_CHECKOUT

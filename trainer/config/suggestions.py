@@ -119,6 +119,8 @@ def key_advice(section: str, name: str, own: Collection[str]) -> str:
     near = difflib.get_close_matches(name, list(own), n=1, cutoff=_NEAR)
     if near:
         return f"; did you mean {section}.{near[0]}?"
+    if section == "optimizer" and (rules := _rules_with(name)):
+        return f"; it is a key of optimizer.name = {' or '.join(map(repr, rules))}"
     if found := meant_keys(name):
         return f"; did you mean {found}?"
     if peer := PEERS.get(_plain(name)):
@@ -127,6 +129,13 @@ def key_advice(section: str, name: str, own: Collection[str]) -> str:
     if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=_NEAR):
         return f"; did you mean {meant_keys(near[0])}?"
     return f"; [{section}] has {', '.join(own)}"
+
+
+def _rules_with(name: str) -> list[str]:
+    """The optimizers that have a key of this name of their own. Pure."""
+    from holdfast.parallel.optimizer import OPTIMIZERS
+
+    return [o for o, rule in OPTIMIZERS.items() if name in [key.name for key in rule.own_keys]]
 
 
 def section_advice(name: str, sections: Collection[str]) -> str:

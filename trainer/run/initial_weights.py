@@ -19,7 +19,13 @@ from holdfast.trainer.step import state_format
 
 
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
-    """Whether a checkpoint holds optimizer state; one converted from weights alone does not."""
+    """Whether a checkpoint holds optimizer state; one converted from weights alone does not.
+
+    Nor does one of another optimizer.
+    """
+    saved = manifest.config.get("optimizer", {}).get("name", form.rule.name)
+    if saved != form.rule.name:
+        return False
     kinds = {kind.name for kind in form.rule.kinds}
     if not kinds:
         return not is_converted(manifest)

@@ -46,6 +46,7 @@ MUST_MATCH = (
     "train.micro_batch",
     "train.seed",
     "train.precision",
+    "optimizer.name",
 )
 """The keys that must not change, because the run would be another run."""
 _BESIDE_TRAINING = "data.validation"
@@ -180,7 +181,11 @@ def check_same_run(
     if any(key.startswith("model.") for key in changed):
         check_tensors(manifest, config, where)
     notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
+    if "optimizer.name" in changed:
+        notes.append("starts from the checkpoint's weights: step 0, another optimizer's state")
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
+        if key in changed:
+            continue
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
     return (*notes, *_other_rate(manifest, config))
 

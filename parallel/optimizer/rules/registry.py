@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.parallel.optimizer.rules.adamw import ADAMW
+from holdfast.parallel.optimizer.rules.lion import LION
 from holdfast.parallel.optimizer.rules.rule import OptimizerRule
+from holdfast.parallel.optimizer.rules.sgd import SGD
 
-OPTIMIZERS: Mapping[str, OptimizerRule[Any]] = {rule.name: rule for rule in (ADAMW,)}
+OPTIMIZERS: Mapping[str, OptimizerRule[Any]] = {rule.name: rule for rule in (ADAMW, LION, SGD)}
 """The optimizers by the value of `optimizer.name`."""

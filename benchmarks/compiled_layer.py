@@ -33,7 +33,7 @@ from holdfast.trainer.models import (
     layer_specs,
 )
 from holdfast.trainer.models.compilation import compiled
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models.llama.family import LlamaConfig
 
 MICRO_BATCH = 2
 Pass = Callable[[], Any]
@@ -41,7 +41,7 @@ Pass = Callable[[], Any]
 
 def passes(hidden: int, seq_len: int, precision: str) -> dict[str, tuple[Pass, Pass]]:
     """Of a layer and each of its regions: the pass as it is, and the compiled one."""
-    model = ModelConfig(family="llama", layers=1, hidden=hidden, vocab=256, max_seq_len=seq_len)
+    model = LlamaConfig(family="llama", layers=1, hidden=hidden, vocab=256, max_seq_len=seq_len)
     dtype, device = PRECISIONS[precision].dtype, torch.device("cpu")
     family = family_of("llama")
     assert family.compiled_regions is not None
@@ -68,7 +68,7 @@ def _region(function: Callable[..., Tensor], arguments: Sequence[Any]) -> Pass:
     return lambda: torch.autograd.grad(function(*arguments), learned, gradient)
 
 
-def _layer(model: ModelConfig, seq_len: int, precision: str, *, compiles: bool) -> Pass:
+def _layer(model: LlamaConfig, seq_len: int, precision: str, *, compiles: bool) -> Pass:
     specs = layer_specs(
         model,
         tensor=1,

@@ -24,11 +24,12 @@ from torch import Tensor
 from harness import machine
 from holdfast.parallel.pipeline import Documents
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.models.llama.regions import RotaryTables, attend, attend_within
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models.decoder.regions import HeadNorms, attend, attend_within
+from holdfast.trainer.models.decoder.rotary import RotaryTables
+from holdfast.trainer.models.llama.family import LlamaConfig
 
 MICRO_BATCH = 1
-MODEL = ModelConfig(family="llama", layers=1, hidden=512, heads=8, kv_heads=4, vocab=256)
+MODEL = LlamaConfig(family="llama", layers=1, hidden=512, heads=8, kv_heads=4, vocab=256)
 
 
 def lengths_of(mean: int, seq_len: int) -> list[int]:
@@ -64,7 +65,7 @@ def contestants(mean: int, seq_len: int, precision: str) -> dict[str, Callable[[
     return {
         "without borders": both(lambda: attend(projected, *tables, heads, kv_heads)),
         "a call for each document": both(
-            lambda: attend_within(projected, tables, documents, heads, kv_heads)
+            lambda: attend_within(projected, tables, documents, heads, kv_heads, HeadNorms())
         ),
         "one call with a mask": both(masked),
     }

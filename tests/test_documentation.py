@@ -267,7 +267,21 @@ def configuration_defaults() -> dict[str, Any]:
             found[f"{section.name}.{key.name}"] = list(value) if isinstance(value, tuple) else value
     for rule in OPTIMIZERS.values():
         found |= {f"optimizer.{key.name}": key.default for key in rule.own_keys}
-    return found
+    return found | _defaults_of_families()
+
+
+def _defaults_of_families() -> dict[str, Any]:
+    """The keys of [model] that some families have, with their defaults."""
+    import msgspec
+
+    from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
+
+    return {
+        f"model.{key.name}": msgspec.to_builtins(key.default)
+        for name in FAMILIES
+        for key in msgspec.structs.fields(family_of(name).section)
+        if key.name not in ModelConfig.__struct_fields__
+    }
 
 
 def configuration_keys() -> frozenset[str]:
@@ -277,11 +291,15 @@ def configuration_keys() -> frozenset[str]:
     from holdfast.parallel.optimizer import OPTIMIZERS
     from holdfast.trainer.config import RunConfig
 
-    return frozenset(
-        f"{section.name}.{key.name}"
-        for section in msgspec.structs.fields(RunConfig)
-        for key in msgspec.structs.fields(section.type)
-    ) | {f"optimizer.{key.name}" for rule in OPTIMIZERS.values() for key in rule.own_keys}
+    return (
+        frozenset(
+            f"{section.name}.{key.name}"
+            for section in msgspec.structs.fields(RunConfig)
+            for key in msgspec.structs.fields(section.type)
+        )
+        | {*_defaults_of_families()}
+        | {f"optimizer.{key.name}" for rule in OPTIMIZERS.values() for key in rule.own_keys}
+    )
 
 
 @IN_CHECKOUT

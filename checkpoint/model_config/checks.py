@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from holdfast.checkpoint.model_config.keys import MODEL_TYPES, NEUTRAL, PLAIN, ROPE_KEYS, ModelKeys
@@ -57,11 +57,15 @@ def rope_of(config: Mapping[str, Any], keys: ModelKeys) -> dict[str, Any]:
     return rope
 
 
-def unhonoured(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+def unhonoured(
+    config: Mapping[str, Any], honoured: Collection[str] = ()
+) -> Iterator[tuple[str, Any, str]]:
     """The keys of a config.json that change the function and are not honoured.
 
     The kind of rotary embedding is not among them; its other settings are.
 
+    Args:
+        honoured: the keys that the caller honours beside those of the model type.
     Returns:
         (key, its value, what would be accepted), in the order of the file.
     """
@@ -73,6 +77,8 @@ def unhonoured(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     fixed = {**PLAIN, **keys.fixed}
     known = NEUTRAL | keys.neutral | keys.honoured.keys() | keys.aliases.keys()
     for key, value in config.items():
+        if key in honoured:
+            continue
         if key in fixed:
             if not any(_same(value, accepted) for accepted in fixed[key]):
                 yield key, value, f"only {_shown(fixed[key][0])}"
@@ -95,7 +101,7 @@ def _rope_problems(key: str, value: Any) -> Iterator[tuple[str, Any, str]]:
         yield key, value, "a table of settings"
         return
     for name, setting in value.items():
-        if name == "partial_rotary_factor":
+        if name == "partial_rotary_factor" and value.get("rope_type") != "proportional":
             if setting not in (None, 1, 1.0):
                 yield f"{key}.{name}", setting, "only 1.0"
         elif name not in ROPE_KEYS and not _is_empty(setting):

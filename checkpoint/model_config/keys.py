@@ -77,7 +77,8 @@ PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
 """The keys that every model may have, and the values that change nothing."""
 ROPE_KEYS: Final = _words(
     "rope_type type rope_theta factor low_freq_factor high_freq_factor "
-    "original_max_position_embeddings"
+    "original_max_position_embeddings partial_rotary_factor beta_fast beta_slow attention_factor "
+    "mscale mscale_all_dim truncate"
 )
 """The keys of rotary embedding that are honoured, or belong to a kind that is refused."""
 _SIZES: Final[Mapping[str, Any]] = {
@@ -112,6 +113,17 @@ MODEL_TYPES: Final[Mapping[str, ModelKeys]] = {
     "llama": ModelKeys(
         honoured=_SIZES,
         fixed={"hidden_act": _SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+        neutral=frozenset(),
+    ),
+    "mistral": ModelKeys(
+        honoured={
+            **_SIZES,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        fixed={"hidden_act": _SILU},
         neutral=frozenset(),
     ),
     "qwen2": ModelKeys(honoured=_QWEN, fixed=_FULL, neutral=_WINDOWS),

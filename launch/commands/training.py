@@ -133,6 +133,15 @@ def train(
             "--prove", help="Then train again without faults, and compare every step bit by bit."
         ),
     ] = False,
+    from_hf: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-hf",
+            help="Begin with the weights of a Hugging Face folder, which gives the keys of [model] "
+            "that are not set: the same as --set model.from_hf=FOLDER.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
 ) -> None:
     """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker.
@@ -142,6 +151,8 @@ def train(
     """
     outlive_readers()
     begin_to_hear()
+    if from_hf is not None:
+        overrides = [*overrides, f"model.from_hf={json.dumps(str(from_hf))}"]
     loaded = load_run_config(config, overrides, workers=nproc)
     request = RunRequest(config, loaded, out, resume, allowed_changes(allow_change, loaded))
     raise typer.Exit(_start(request, nproc, prove=prove))

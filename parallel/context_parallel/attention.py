@@ -36,11 +36,23 @@ class Work:
     documents: Documents | None
     """Attention does not cross their ends; None: each sequence is one."""
     batch: int
+    window: int = 0
+    """The keys that a query sees, itself included; 0: all before it."""
 
     def pieces(self, number: int) -> Iterator[Piece]:
         """The pieces of a slice."""
         places = self.slices.tokens(number)
-        return pieces_of(places.start, places.stop, self.documents, self.batch)
+        return pieces_of(places.start, places.stop, self.documents, self.batch, self.window)
+
+    def mask(self, piece: Piece, query: Tensor) -> Tensor | None:
+        """The mask of a piece's keys, with a window; None: those up to a query's own are seen."""
+        if piece.first == piece.start:
+            return None
+        places = torch.arange(piece.first, piece.stop, device=query.device)
+        behind = torch.arange(piece.start, piece.stop, device=query.device)[:, None] - places
+        hidden = (behind < 0) | (behind >= self.window)
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+        return mask.masked_fill_(hidden, float("-inf"))
 
 
 def sliced_attention(
@@ -103,10 +115,15 @@ def slice_forward(work: Work, number: int, query: Tensor, keys: Tensor, values: 
     logsumexp = torch.empty(query.shape[:3], dtype=wide, device=query.device)
     for piece in work.pieces(number):
         own = query[piece.within(place)]
-        found = attend(own, keys[piece.queries], values[piece.queries], causal=True)
-        if piece.first < piece.start:
-            before = attend(own, keys[piece.before], values[piece.before], causal=False)
-            found = merge(found, before)
+        if work.window:
+            mask = work.mask(piece, own)
+            seen = keys[piece.seen()], values[piece.seen()]
+            found = attend(own, *seen, causal=mask is None, mask=mask)
+        else:
+            found = attend(own, keys[piece.queries], values[piece.queries], causal=True)
+            if piece.first < piece.start:
+                before = attend(own, keys[piece.before], values[piece.before], causal=False)
+                found = merge(found, before)
         output[piece.within(place)] = found.output
         logsumexp[piece.within(place)] = found.logsumexp
     return Attended(output, logsumexp)
@@ -130,10 +147,11 @@ class KeyGradients:
         keys: tuple[int | slice, ...],
         *,
         causal: bool,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Add what some queries give to some keys. Returns the gradient by the queries."""
         found = attend_backward(
-            gradient, query, self.keys[keys], self.values[keys], attended, causal=causal
+            gradient, query, self.keys[keys], self.values[keys], attended, causal=causal, mask=mask
         )
         for total, part in zip(self.both, (found.key, found.value), strict=True):
             total[keys] += part
@@ -146,12 +164,24 @@ def slice_backward(
     """The gradient by the queries of one slice; those by keys and values are added to `sums`."""
     place = work.slices.tokens(number).start
     by_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    # Windows overlap: what the slice gives to a key is added up first, as where each slice's sums
+    # travel by themselves.
+    begin = max(0, place - work.window + 1) if work.window else 0
+    span = (slice(None), slice(None), slice(begin, work.slices.tokens(number).stop))
+    inner = KeyGradients(sums.keys[span], sums.values[span]) if work.window else sums
     for piece in work.pieces(number):
         here = piece.within(place)
         attended = Attended(found.output[here], found.logsumexp[here])
-        by_queries = partial(sums.add, gradient[here], query[here], attended)
-        total = by_queries(piece.queries, causal=True)
-        if piece.first < piece.start:
-            total = total + by_queries(piece.before, causal=False)
+        by_queries = partial(inner.add, gradient[here], query[here], attended)
+        if work.window:
+            mask = work.mask(piece, query)
+            total = by_queries(piece.seen(begin), causal=mask is None, mask=mask)
+        else:
+            total = by_queries(piece.queries, causal=True)
+            if piece.first < piece.start:
+                total = total + by_queries(piece.before, causal=False)
         by_query[here] = total
+    if inner is not sums:
+        for whole, part in zip(sums.both, inner.both, strict=True):
+            whole[span] += part
     return by_query

@@ -38,20 +38,23 @@ class AttentionGradients(NamedTuple):
     value: Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Attended:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None = None
+) -> Attended:
     """Attention to all keys, or to those up to a query's own place.
 
     Args:
         query: float[batch, heads, queries, head_dim].
         key, value: float[batch, kv_heads, keys, head_dim]; kv_heads divides heads.
         causal: there are as many keys as queries, and query i attends to keys 0 to i.
+        mask: what is added to scores, float[queries, keys] of the type of queries.
     """
     if query.device.type == "cpu":
         output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal
+            query, key, value, 0.0, causal, attn_mask=mask
         )
         return Attended(output, logsumexp)
-    return _attend_plainly(query, key, value, causal)
+    return _attend_plainly(query, key, value, causal, mask)
 
 
 def attend_backward(
@@ -62,6 +65,7 @@ def attend_backward(
     attended: Attended,
     *,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> AttentionGradients:
     """The gradients by queries, keys and values of one part.
 
@@ -71,10 +75,10 @@ def attend_backward(
     """
     if query.device.type == "cpu":
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, query, key, value, *attended, 0.0, causal
+            gradient, query, key, value, *attended, 0.0, causal, attn_mask=mask
         )
         return AttentionGradients(*found)
-    return _plain_backward(gradient, query, key, value, attended, causal)
+    return _plain_backward(gradient, query, key, value, attended, causal, mask)
 
 
 def merge(first: Attended, second: Attended) -> Attended:
@@ -102,7 +106,7 @@ def merge(first: Attended, second: Attended) -> Attended:
     return Attended(output, logsumexp)
 
 
-def _scores(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+def _scores(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     """float[batch, heads, queries, keys], float32 or wider."""
     wide = query if query.element_size() >= 4 else query.float()
     scores = wide @ _per_head(key, query).to(wide.dtype).transpose(-1, -2)
@@ -110,16 +114,18 @@ def _scores(query: Tensor, key: Tensor, causal: bool) -> Tensor:
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
-    return scores
+    return scores if mask is None else scores + mask
 
 
 def _per_head(key: Tensor, query: Tensor) -> Tensor:
     return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
-def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Attended:
+def _attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+) -> Attended:
     """`attend` by its definition, for devices without a kernel here."""
-    scores = _scores(query, key, causal)
+    scores = _scores(query, key, causal, mask)
     logsumexp = scores.logsumexp(-1)
     weights = (scores - logsumexp.unsqueeze(-1)).exp()
     output = weights @ _per_head(value, query).to(weights.dtype)
@@ -127,10 +133,16 @@ def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> 
 
 
 def _plain_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, causal: bool
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Attended,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> AttentionGradients:
     """`attend_backward` by its definition."""
-    scores = _scores(query, key, causal)
+    scores = _scores(query, key, causal, mask)
     weights = (scores - attended.logsumexp.unsqueeze(-1)).exp()
     wide = gradient.to(weights.dtype)
     by_weights = wide @ _per_head(value, query).to(wide.dtype).transpose(-1, -2)

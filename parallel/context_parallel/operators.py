@@ -10,7 +10,7 @@ would do it, with the same bits: exact-mode safe. In fast mode keys may go round
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class ContextParallel:
         documents: Documents | None,
         kept: dict[object, Any],
         name: object,
+        window: int = 0,
     ) -> list[Tensor]:
         """Attention of this rank's slices. Collective over the group.
 
@@ -65,10 +66,12 @@ class ContextParallel:
                 ranks the heads of a group lie on.
             kept, name: for a stretch of sequences, what is kept between them, and the name under
                 which this attention keeps it.
+            window: the keys that a query sees, itself included; 0: all before it. It goes with
+                every exchange but the ring.
         Returns:
             Of each own slice, float[micro_batch, heads, length, head_dim].
         """
-        work = Work(slices, documents, query[0].shape[0])
+        work = Work(slices, documents, query[0].shape[0], window)
         if self.group is not None and self.exchange == "ring":
             return ring_attention(query, key, value, work, self.group)
         heads, kv_heads = query[0].shape[1], key[0].shape[1]
@@ -126,7 +129,7 @@ def _by_heads(
     of_heads = _SlicesToHeads.apply(slices, group, *grouped)
     split = [part.split([heads, kv_heads, kv_heads], dim=1) for part in of_heads]
     q, k, v = zip(*split, strict=True)
-    whole = Work(slices.whole(), work.documents, work.batch)
+    whole = replace(work, slices=slices.whole())
     return list(_HeadsToSlices.apply(slices, group, *attention(q, k, v, whole)))
 
 

@@ -22,7 +22,8 @@ class Piece:
     stop: int
     """Their places in the sequence: [start, stop)."""
     first: int
-    """The first place that they attend to. Keys before `start` are all seen by all of them."""
+    """The first place that they attend to. Keys before `start` are all seen by all of them, if
+    there is no window."""
 
     @property
     def queries(self) -> Index:
@@ -34,16 +35,35 @@ class Piece:
         """The index in [batch, heads, seq] of the keys before them."""
         return self.rows, slice(None), slice(self.first, self.start)
 
+    def seen(self, place: int = 0) -> Index:
+        """The index in [batch, heads, places from `place` on] of all keys that some of them see."""
+        return self.rows, slice(None), slice(self.first - place, self.stop - place)
+
     def within(self, place: int) -> Index:
         """Their index in [batch, heads, places from `place` on]."""
         return self.rows, slice(None), slice(self.start - place, self.stop - place)
 
 
-def pieces_of(start: int, stop: int, documents: Documents | None, batch: int) -> Iterator[Piece]:
+def pieces_of(
+    start: int, stop: int, documents: Documents | None, batch: int, window: int = 0
+) -> Iterator[Piece]:
     """The pieces of the slice [start, stop) in all sequences of a micro-batch.
 
     Where documents do not matter, the sequences are computed together.
+
+    Args:
+        window: the keys that a query sees, itself included: pieces are no longer than that; 0: all.
     """
+    for piece in _whole_pieces(start, stop, documents, batch):
+        for begin in range(piece.start, piece.stop, window or piece.stop - piece.start):
+            end = min(begin + window, piece.stop) if window else piece.stop
+            first = max(piece.first, begin - window + 1) if window else piece.first
+            yield Piece(piece.rows, begin, end, first)
+
+
+def _whole_pieces(
+    start: int, stop: int, documents: Documents | None, batch: int
+) -> Iterator[Piece]:
     if documents is None:
         yield Piece(slice(0, batch), start, stop, 0)
         return

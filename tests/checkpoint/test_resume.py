@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from torch.distributed import Store
 
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, convert_config
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, run_in, world_size_of
 
@@ -181,7 +181,7 @@ def save_and_load_elsewhere(
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.worlds.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
+    run_config = convert_config(config)
     world = local_world(rank, world_size)
     training = open_training(run_config, world, store)
     run = RunDirectory(Path(root), Resume((resume,)))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, convert_config
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
@@ -206,7 +206,7 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
     from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
+    run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
     for step in range(run_config.train.steps):
         training.compute(step)

@@ -1,6 +1,7 @@
 """The configuration of a run: its sections, the loading of a file, the rules between keys.
 
-Needs no torch. May import trainer.learning_rates, trainer.models, checkpoint.format and parallel.
+Needs no torch. May import trainer.learning_rates, trainer.models, checkpoint.format,
+checkpoint.model_config and parallel.
 """
 
 import lazy_loader

@@ -16,6 +16,7 @@ from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.parallel.reading import converted, read_regular
 from holdfast.trainer.config.choices import choice_problem
+from holdfast.trainer.config.model_folder import fill_from_folder
 from holdfast.trainer.config.optimizer_section import OptimizerConfig
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import RunConfig
@@ -47,6 +48,7 @@ def load_config(
     table = _read_table(Path(path))
     for override in overrides:
         _override(table, override)
+    fill_from_folder(table)
     config = convert_config(table)
     given = table.get("parallel", {})
     if workers is not None and "data" not in given:

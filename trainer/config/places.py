@@ -14,10 +14,12 @@ def anchored(config: RunConfig) -> RunConfig:
     A relative path lies below the folder in which the command runs.
     """
     data, checkpoint, offload = config.data, config.checkpoint, config.offload
+    model = config.model
     path = checkpoint.path if checkpoint.url else _absolute(checkpoint.path)
     replace = msgspec.structs.replace
     return replace(
         config,
+        model=replace(model, from_hf=_absolute(model.from_hf)),
         data=replace(
             data,
             path=[_absolute(path) for path in data.path],

@@ -55,6 +55,8 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "norm_eps": Range(0, 1, is_open=True),
         "rope_theta": Range(0, 1e15, is_open=True),
         "init_std": Range(0, 1e3),
+        "sliding_window": Range(0, 2**31),
+        "max_window_layers": Range(0, 4096),
     },
     "data": {"seed": Range(0, 2**63 - 1), "packing_buffer": Range(1, 2**40)},
     "train": {

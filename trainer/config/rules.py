@@ -19,7 +19,7 @@ from holdfast.trainer.config.optimizer_section import group_problems, stage_prob
 from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
-from holdfast.trainer.models import family_of
+from holdfast.trainer.models import family_of, windows_of
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
@@ -273,6 +273,11 @@ def _slices(config: RunConfig) -> Iterator[str]:
             "parallel.context_exchange = 'ring' joins parts of the keys in another order on each "
             "number of ranks, which numerics.reduction = 'exact' refuses; use 'keys' or 'heads', "
             "or numerics.reduction = 'fast'"
+        )
+    if parallel.context_exchange == "ring" and any(windows_of(config.model)):
+        yield (
+            "parallel.context_exchange = 'ring' sends all keys round, and layers of [model] see a "
+            "window of them; use 'keys' or 'heads'"
         )
 
 

@@ -12,6 +12,7 @@ from .family import (
     RegionSizes as RegionSizes,
     family_of as family_of,
     layer_specs as layer_specs,
+    windows_of as windows_of,
 )
 from .section import (
     ModelConfig as ModelConfig,

@@ -29,6 +29,9 @@ M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
 
 FAMILIES: Mapping[str, str] = {
     "llama": "holdfast.trainer.models.llama",
+    "mistral": "holdfast.trainer.models.mistral",
+    "qwen2": "holdfast.trainer.models.qwen2",
+    "qwen3": "holdfast.trainer.models.qwen3",
 }
 """By the value of `model.family`: the module that has the family as `FAMILY`."""
 
@@ -129,6 +132,11 @@ class Family(Generic[M]):
     that divide as before."""
     tensor_share: Callable[[M, int], M]
     """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
+    section_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """A `config.json` -> the keys of [model] that it gives, some of them None. It raises ValueError
+    for what no key says. None: models are not taken from Hugging Face folders."""
+    windows: Callable[[M], Sequence[int]] = lambda model: ()
+    """(section) -> by layer, the keys that a query sees, itself included; 0: all. Empty: all."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None
     """(section, sizes) -> the functions that `train.compile` compiles, for each shape that they
     have on some rank. None: there are none."""
@@ -137,6 +145,11 @@ class Family(Generic[M]):
 def family_of(name: str) -> Family[Any]:
     """The family of a registered name."""
     return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+def windows_of(model: ModelConfig) -> Sequence[int]:
+    """By layer, the keys that a query sees, itself included; 0: all. Empty: all. Pure."""
+    return family_of(model.family).windows(model)
 
 
 def layer_specs(

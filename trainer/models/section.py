@@ -38,6 +38,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     init_std: float = 0.02
     """The standard deviation of the initial weights; that of output projections is divided by
     sqrt(2 layers)."""
+    from_hf: str = ""
+    """The Hugging Face folder with whose weights training begins; it gives the keys that are not
+    set. Empty: weights are drawn."""
 
     def __post_init__(self) -> None:
         heads = self.heads or default_heads(self.hidden, self.head_dim)

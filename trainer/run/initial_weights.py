@@ -1,12 +1,15 @@
-"""The start from a checkpoint that no run has saved, such as a converted one. Needs no torch."""
+"""The start from weights that no run has saved: a converted checkpoint, or a Hugging Face folder.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import WEIGHT, Manifest, scheme_of
+from holdfast.checkpoint.format import MANIFEST, WEIGHT, Manifest, expanded, scheme_of
 from holdfast.checkpoint.model_config import read_config
 from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
@@ -16,6 +19,42 @@ from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig, advice_to_allow, refused_changes
 from holdfast.trainer.models import family_of, layer_specs
 from holdfast.trainer.step import state_format
+
+FIRST_WEIGHTS = "from-hf"
+"""The folder of a run with the weights of `model.from_hf`, as a checkpoint of step 0."""
+
+
+def first_weights(root: Path, config: RunConfig) -> Path | None:
+    """The converted weights of `model.from_hf` in a run's folder; None: there are none."""
+    place = root / FIRST_WEIGHTS
+    return place if config.model.from_hf and (place / MANIFEST).is_file() else None
+
+
+def take_first_weights(root: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Convert the weights of `model.from_hf` into a run's folder, unless they are there.
+
+    One process calls it, with the lock of the folder. What a killed one has begun is gone on with.
+
+    Raises:
+        ConfigError: the folder's weights are not those of the model.
+        CheckpointError: the folder is damaged, or the disk has no room.
+    """
+    if not config.model.from_hf or first_weights(root, config) is not None:
+        return
+    from holdfast.checkpoint.convert import Conversion, convert
+
+    source = expanded(config.model.from_hf, "model.from_hf")
+    _check_described(_content(source), config, str(source), allow_change=())
+    converted = convert(
+        Conversion(
+            source=source,
+            target=(root / FIRST_WEIGHTS).absolute(),
+            to="holdfast",
+            dtype=PRECISIONS[config.train.precision].stored,
+        )
+    )
+    assert converted is not None
+    say(f"took the weights of {source}: {converted.bytes / 2**20:,.1f} MiB")
 
 
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
@@ -59,13 +98,7 @@ def check_converted(
                 f"{wanted}; convert it with --dtype {precision}, or change train.precision"
             )
     described = _described(manifest, where)
-    changed: dict[str, str] = {}
-    if described is not None:
-        changed = dict(family_of(config.model.family).differences(config.model, described))
-    if refused := refused_changes(changed, allow_change):
-        told = "; ".join(changed[key] for key in refused)
-        advice = advice_to_allow(changed, allow_change)
-        raise ConfigError(f"{where}: {told}; change [model], or {advice}")
+    changed = _check_described(described, config, where, allow_change=allow_change)
     check_tensors(manifest, config, where)
     notes = [f"differs from the model that was converted: {line}" for line in changed.values()]
     if has_state(manifest, state_format(config)):
@@ -79,6 +112,28 @@ def check_converted(
             "step 0, no moments"
         )
     return (first, *notes)
+
+
+def _check_described(
+    described: dict[str, Any] | None,
+    config: RunConfig,
+    where: str,
+    *,
+    allow_change: Sequence[str],
+) -> dict[str, str]:
+    """The differences between the model and a config.json, which are all allowed.
+
+    Raises:
+        ConfigError: there are others.
+    """
+    changed: dict[str, str] = {}
+    if described is not None:
+        changed = dict(family_of(config.model.family).differences(config.model, described))
+    if refused := refused_changes(changed, allow_change):
+        told = "; ".join(changed[key] for key in refused)
+        advice = advice_to_allow(changed, allow_change)
+        raise ConfigError(f"{where}: {told}; change [model], or {advice}")
+    return changed
 
 
 def check_tensors(manifest: Manifest, config: RunConfig, where: str) -> None:
@@ -120,10 +175,9 @@ def _described(manifest: Manifest, where: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: the file cannot be read, or is not a JSON object.
     """
-    path = Path(where) / "config.json"
     try:
         if not scheme_of(where):
-            return read_config(read_regular(path)) if path.is_file() else None
+            return _content(Path(where))
         if "config.json" not in manifest.files:
             return None
         reader = find_checkpoint(where).reader()
@@ -133,3 +187,16 @@ def _described(manifest: Manifest, where: str) -> dict[str, Any] | None:
             reader.close()
     except (OSError, ValueError, CheckpointError) as error:
         raise ConfigError(f"{where}: config.json cannot be read: {error}") from error
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    """The keys of the config.json in a folder; None: there is none.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        return read_config(read_regular(path)) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: config.json cannot be read: {error}") from error

@@ -18,6 +18,7 @@ from holdfast.trainer.config import RunConfig, check_config, config_notes, load_
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
+from holdfast.trainer.run.initial_weights import take_first_weights
 from holdfast.trainer.run.machine import idle_cores_note, require_room
 from holdfast.trainer.run.memory_copies import held_memory, require_one_machine, sweep_memory
 from holdfast.trainer.run.process_heap import prepare_heap
@@ -112,6 +113,8 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 fresh=resume == "none" and not request.attempt,
                 say=say,
             )
+        if resume in ("auto", "none"):
+            take_first_weights(root, config, say)
         run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
         if request.ranks_here and not run.resume.candidates:
             note = idle_cores_note(config, request.ranks_here)

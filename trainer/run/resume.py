@@ -29,9 +29,11 @@ from holdfast.trainer.config import (
     refused_changes,
 )
 from holdfast.trainer.learning_rates import learning_rate
+from holdfast.trainer.models import FAMILIES, family_of
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
+    first_weights,
     has_state,
     is_converted,
 )
@@ -49,8 +51,8 @@ MUST_MATCH = (
     "optimizer.name",
 )
 """The keys that must not change, because the run would be another run."""
-_BESIDE_TRAINING = "data.validation"
-"""The key among these that changes nothing of the training."""
+_MAY_DIFFER = ("data.validation", "model.from_hf")
+"""The keys among these that change nothing of the training, or nothing once it has begun."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -97,16 +99,17 @@ def find_resume(
     """Find the checkpoints from which a run resumes.
 
     Args:
-        wanted: "auto" (the newest of this run's own, in memory, on disk or at its URL), "none", or
-            a path or URL. A run can begin with converted weights; once it has checkpoints of its
-            own, the same command resumes from these.
+        wanted: "auto" (the newest of this run's own, in memory, on disk or at its URL; before it
+            has one, the weights of `model.from_hf`), "none" (those, or nothing), or a path or URL.
+            A run can begin with converted weights; once it has checkpoints of its own, the same
+            command resumes from these.
         allow_change: the result of `allowed_changes`.
     Raises:
         ConfigError: the configuration differs from the checkpoint's in a key that must not change,
             or the path is not a checkpoint.
     """
     if wanted == "none":
-        return Resume()
+        return _beginning(root, config, allow_change)
     if wanted != "auto":
         try:
             found = find_checkpoint(wanted)
@@ -132,9 +135,19 @@ def find_resume(
         candidates = {m.step: (remote.place_of(name), m) for name, m in readable(remote)}
     ordered = [candidates[step] for step in sorted(candidates, reverse=True)]
     if not ordered:
-        return Resume()
+        return _beginning(root, config, allow_change)
     notes = check_same_run(ordered[0][1], config, ordered[0][0], allow_change=allow_change)
     return Resume(tuple(path for path, _ in ordered), notes, allow_change)
+
+
+def _beginning(root: Path, config: RunConfig, allow_change: tuple[str, ...]) -> Resume:
+    """The weights with which a run begins; none are drawn."""
+    place = first_weights(root, config)
+    if place is None:
+        return Resume()
+    manifest = find_checkpoint(str(place)).manifest()
+    notes = check_same_run(manifest, config, str(place), allow_change=allow_change)
+    return Resume((str(place.absolute()),), notes, allow_change)
 
 
 def _convertible(wanted: str) -> str:
@@ -246,7 +259,7 @@ def differing_from_run(
     found = [
         difference
         for difference in differing_keys(saved, msgspec.to_builtins(anchored(config)), MUST_MATCH)
-        if difference[0] in given and difference[0] != _BESIDE_TRAINING
+        if difference[0] in given and difference[0] not in _MAY_DIFFER
     ]
     of_data = {key for key, *_ in found if key.startswith("data.")}
     if of_data and of_data <= {*DATA_PATHS} and fingerprint == _moved_data(saved, config):
@@ -283,12 +296,27 @@ def differing_keys(
     # An older version that lacks a key of these did what its default does.
     sections = {"data": DataConfig, "numerics": NumericsConfig, "optimizer": OptimizerConfig}
     older = {name: msgspec.to_builtins(of()) for name, of in sections.items() if name in saved}
+    older["model"] = _model_defaults(saved)
     flat_saved, flat_now = flat_keys(older) | flat_keys(plain[0]), flat_keys(plain[1])
     return [
         (key, flat_saved.get(key), flat_now.get(key))
         for key in sorted(flat_saved.keys() | flat_now.keys())
         if key.startswith(prefixes) and flat_saved.get(key) != flat_now.get(key)
     ]
+
+
+def _model_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of the keys of a saved configuration's [model]."""
+    model = saved.get("model")
+    family = model.get("family") if isinstance(model, dict) else None
+    if not isinstance(family, str) or family not in FAMILIES:
+        return {}
+    fields = msgspec.structs.fields(family_of(family).section)
+    return {
+        field.name: msgspec.to_builtins(field.default)
+        for field in fields
+        if field.default is not msgspec.NODEFAULT
+    }
 
 
 def set_aside_newer(root: Path, step: int) -> list[str]:

@@ -179,7 +179,7 @@ def open_run(
     try:
         (root / "logs").mkdir(parents=True, exist_ok=True)
         _remove_left(run)
-        if not found.candidates:
+        if resume == "none" or not found.candidates:
             notes += set_aside_history(run, config)
         notes += tuple(_tidied(run))
         write_whole(run.config, dump_toml(anchored(config)).encode())

@@ -9,7 +9,7 @@ from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models import layer_specs, windows_of
 from holdfast.trainer.step.saved_tensors import state_format
 
 WAYS = ("none", "selective", "full")
@@ -72,7 +72,9 @@ def context_exchange(config: RunConfig) -> Literal["heads", "keys", "ring"]:
         return parallel.context_exchange
     if config.model.heads % (config.tensor_parts * parallel.context) == 0:
         return "heads"
-    return "ring" if config.numerics.reduction == "fast" else "keys"
+    if config.numerics.reduction == "exact" or any(windows_of(config.model)):
+        return "keys"
+    return "ring"
 
 
 def shadows_in_host_memory(config: RunConfig, device: str) -> bool:

@@ -15,8 +15,8 @@ from holdfast.parallel.offload.policy.choice import Rates, choose_layers
 from holdfast.parallel.offload.policy.estimate import estimate_offload
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models.llama.family import LlamaConfig
 from holdfast.trainer.step.planning import WAYS
 
 TFLOPS = 1e12
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def ways_of(blocks: int, hidden: int = 1024, seq_len: int = 1024) -> dict[str, tuple]:
-    model = ModelConfig(
+    model = LlamaConfig(
         family="llama",
         layers=blocks,
         hidden=hidden,

@@ -17,15 +17,15 @@ from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.sharding import all_keepers
 from holdfast.parallel.schedules import check_programs
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models.llama.family import LlamaConfig
 from support.oracles.plan_layouts import optimizer_layout, parameter_layout
 
 
 def layers_of(
     blocks_of_model: int = 4, tensor: int = 1, *, tied: bool = False, hidden: int = 32
 ) -> tuple[LayerSpec, ...]:
-    model = ModelConfig(
+    model = LlamaConfig(
         family="llama",
         layers=blocks_of_model,
         hidden=hidden,

@@ -25,7 +25,7 @@ from holdfast.parallel.tensor_parallel import linear, split, vocab as vocabulary
 from holdfast.parallel.tensor_parallel.split import TensorParallel
 from holdfast.parallel.tensor_parallel.strips import WholeRows
 from holdfast.parallel.tensor_parallel.sums import tree_sum
-from holdfast.trainer.models.llama import modules as llama
+from holdfast.trainer.models.decoder import ends
 from holdfast.trainer.step import planning, training
 from holdfast.trainer.step.micro_batches import MicroBatches
 from holdfast.trainer.step.training import Training
@@ -156,12 +156,12 @@ def gradient_summed_once_too_often() -> Iterator[None]:
 @contextmanager
 def cross_entropy_over_local_vocabulary() -> Iterator[None]:
     """The loss normalises over this rank's part of the vocabulary only."""
-    original = llama.cross_entropy_sum
+    original = ends.cross_entropy_sum
 
     def local(logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any) -> torch.Tensor:
         return original(logits, targets, first_rows, TensorParallel(None, False), ignored)
 
-    with mock.patch.object(llama, "cross_entropy_sum", local):
+    with mock.patch.object(ends, "cross_entropy_sum", local):
         yield
 
 
@@ -172,7 +172,7 @@ def vocabulary_split_rounded_down() -> Iterator[None]:
     def rounded(tokens: Any, weights: Any, queue: Any, first_rows: Any) -> torch.Tensor:
         return vocabulary.embed(tokens, weights, queue, [max(0, row - 1) for row in first_rows])
 
-    with mock.patch.object(llama, "embed", rounded):
+    with mock.patch.object(ends, "embed", rounded):
         yield
 
 

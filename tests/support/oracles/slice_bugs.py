@@ -16,28 +16,28 @@ import torch
 from holdfast.parallel.context_parallel import operators, ring
 from holdfast.parallel.context_parallel.operators import ContextParallel
 from holdfast.parallel.pipeline import Passage
-from holdfast.trainer.models.llama import modules as llama, regions
-from holdfast.trainer.models.llama.regions import RotaryTables
+from holdfast.trainer.models.decoder import attention, ends, norms, regions
+from holdfast.trainer.models.decoder.rotary import RotaryTables
 from holdfast.trainer.step.micro_batches import MicroBatches
 
 
 @contextmanager
 def positions_restart_in_each_slice() -> Iterator[None]:
     """Every slice is rotated as if it were the first."""
-    original = llama.attend_sliced
+    original = attention.attend_sliced
 
     def local(projected: Any, rotary: Any, context: Any, slices: Any, *rest: Any) -> Any:
         first = RotaryTables(*(table[: slices.length].repeat(slices.count, 1) for table in rotary))
         return original(projected, first, context, slices, *rest)
 
-    with mock.patch.object(llama, "attend_sliced", local):
+    with mock.patch.object(attention, "attend_sliced", local):
         yield
 
 
 @contextmanager
 def labels_shifted_after_the_split() -> Iterator[None]:
     """The last token of a slice predicts the first of its own slice, not of the next."""
-    original = llama.Head._loss
+    original = ends.Head._loss
 
     def shifted(self: Any, value: Any, context: Any, number: int, queues: Any) -> Any:
         places = context.slices.tokens(number)
@@ -46,7 +46,7 @@ def labels_shifted_after_the_split() -> Iterator[None]:
         changed = replace(context, batch=context.batch._replace(targets=targets))
         return original(self, value, changed, number, queues)
 
-    with mock.patch.object(llama.Head, "_loss", shifted):
+    with mock.patch.object(ends.Head, "_loss", shifted):
         yield
 
 
@@ -67,12 +67,12 @@ def loss_scaled_by_context() -> Iterator[None]:
 @contextmanager
 def dropout_equal_on_slices() -> Iterator[None]:
     """Every slice draws the first slice's mask."""
-    original = llama.KeyedDropout.forward
+    original = norms.KeyedDropout.forward
 
     def first(self: Any, value: Any, context: Any, number: int = 0) -> Any:
         return original(self, value, context, 0)
 
-    with mock.patch.object(llama.KeyedDropout, "forward", first):
+    with mock.patch.object(norms.KeyedDropout, "forward", first):
         yield
 
 
@@ -97,9 +97,9 @@ def ring_keys_keep_no_gradients() -> Iterator[None]:
     """What queries give to keys of other slices does not go round the ring with them."""
     original = ring.KeyGradients.add
 
-    def own(self: Any, *given: Any, causal: bool) -> Any:
+    def own(self: Any, *given: Any, causal: bool, **others: Any) -> Any:
         kept = [part.clone() for part in self.both]
-        found = original(self, *given, causal=causal)
+        found = original(self, *given, causal=causal, **others)
         if not causal:
             for part, before in zip(self.both, kept, strict=True):
                 part.copy_(before)
@@ -137,26 +137,28 @@ def slices_attend_across_documents() -> Iterator[None]:
 def documents_attend_to_each_other() -> Iterator[None]:
     """Attention is causal over the whole sequence, as if there were one document."""
 
-    def across(projected: Any, rotary: Any, documents: Any, heads: int, kv_heads: int) -> Any:
+    def across(
+        projected: Any, rotary: Any, documents: Any, heads: int, kv_heads: int, norms: Any
+    ) -> Any:
         seq, batch, _ = projected.shape
         cos, sin = rotary.at(documents.positions)
-        q, k, v = regions._heads(projected, cos, sin, heads, kv_heads)
+        q, k, v = regions._heads(projected, cos, sin, heads, kv_heads, norms)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
         return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
-    with mock.patch.object(llama, "attend_within", across):
+    with mock.patch.object(attention, "attend_within", across):
         yield
 
 
 @contextmanager
 def ends_of_documents_are_predicted() -> Iterator[None]:
     """Places that count nothing count as if their target were the first entry."""
-    original = llama.cross_entropy_sum
+    original = ends.cross_entropy_sum
 
     def counting(logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any) -> Any:
         return original(logits, targets.clamp(min=0), first_rows, tp, None)
 
-    with mock.patch.object(llama, "cross_entropy_sum", counting):
+    with mock.patch.object(ends, "cross_entropy_sum", counting):
         yield

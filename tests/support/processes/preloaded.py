@@ -6,8 +6,8 @@ from __future__ import annotations
 
 TRAINING = (
     "holdfast.trainer.worker",
-    "holdfast.trainer.models.llama.modules",
-    "holdfast.trainer.models.llama.regions",
+    "holdfast.trainer.models.decoder.layers",
+    "holdfast.trainer.models.decoder.regions",
     "holdfast.parallel.optimizer.kernels.native_operations",
 )
 COMMANDS = (
@@ -15,7 +15,7 @@ COMMANDS = (
     "holdfast.launch.launchers.elastic",
     "holdfast.trainer.elastic.loop",
     "holdfast.trainer.elastic.session",
-    "holdfast.trainer.models.llama.huggingface",
+    "holdfast.trainer.models.llama",
     "holdfast.parallel.plan.replan",
     "holdfast.parallel.plan.serialization",
     "pydantic.json_schema",  # for typer

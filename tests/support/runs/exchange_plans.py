@@ -13,8 +13,8 @@ from holdfast.parallel.layout import HeldRow
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.plan import Plan, Roster, make_plan, replan
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models.llama.family import LlamaConfig
 
 NODES = {rank: f"node-{rank}" for rank in range(16)}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ def plan_of(layout: str, *, tied: bool) -> Plan:
     sizes = dict(LAYOUTS[layout])
     virtual, schedule = sizes.pop("virtual", 1), sizes.pop("schedule", "1f1b")
     shard, group = sizes.pop("shard", "optimizer"), sizes.pop("shard_group", 0)
-    model = ModelConfig(
+    model = LlamaConfig(
         family="llama",
         layers=4,
         hidden=24,

@@ -14,8 +14,8 @@ from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules import check_programs
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models.llama.family import LlamaConfig
 
 MICRO_BATCHES = 8
 NODES = {rank: f"node-{rank % 3}" for rank in range(64)}
@@ -26,7 +26,7 @@ def small_layers(
 ) -> tuple[LayerSpec, ...]:
     """The layers of a small model, split for `tensor` ranks or `shards` parts."""
     return layer_specs(
-        ModelConfig(family="llama", layers=layers, hidden=32, heads=4, kv_heads=4, vocab=64),
+        LlamaConfig(family="llama", layers=layers, hidden=32, heads=4, kv_heads=4, vocab=64),
         tensor=tensor,
         sequence_parallel=sequence_parallel,
         seq_len=seq_len,

@@ -188,7 +188,7 @@ def reference_of(config: RunConfig) -> RankCapture:
 def _reference_of(encoded: bytes) -> RankCapture:
     from holdfast.trainer.check.reference import run_reference
 
-    return run_reference(msgspec.json.decode(encoded, type=RunConfig))
+    return run_reference(convert_config(msgspec.json.decode(encoded)))
 
 
 def run_in(

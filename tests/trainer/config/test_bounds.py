@@ -17,6 +17,7 @@ from holdfast.trainer.config.extent import block_count
 from holdfast.trainer.config.loading import load_config
 from holdfast.trainer.config.ranges import RANGES
 from holdfast.trainer.config.sections import RunConfig
+from holdfast.trainer.models import FAMILIES, family_of
 from holdfast.trainer.plan_report import plan_report
 from holdfast.trainer.run.machine import (
     Machine,
@@ -48,6 +49,11 @@ def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
         for section in msgspec.structs.fields(RunConfig)
         for key, value in msgspec.to_builtins(getattr(config, section.name)).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
+    } | {
+        f"model.{key.name}"
+        for name in FAMILIES
+        for key in msgspec.structs.fields(family_of(name).section)
+        if isinstance(key.default, int | float) and not isinstance(key.default, bool)
     }
     ranged = {f"{section}.{key}" for section, keys in RANGES.items() for key in keys}
     assert numbers - ranged == CHECKED_ELSEWHERE

@@ -15,6 +15,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.check.tiny import tiny_config
 from holdfast.trainer.config.loading import convert_config, dump_toml, load_config
+from holdfast.trainer.models import FAMILIES
 from holdfast.trainer.plan_report.report import plan_report
 from support.processes.cluster import Cluster
 from support.runs import token_mlp
@@ -53,7 +54,8 @@ def run(cluster: Cluster, job: str, wanted: Any, **arguments: Any) -> list[Any]:
 def test_an_unregistered_family_is_named_with_what_is_allowed() -> None:
     with pytest.raises(ConfigError) as caught:
         convert_config({"model": {**TABLE["model"], "family": "lama"}})
-    said = "model.family = 'lama': allowed are 'llama'; did you mean 'llama'?"
+    allowed = ", ".join(repr(name) for name in FAMILIES)
+    said = f"model.family = 'lama': allowed are {allowed}; did you mean 'llama'?"
     assert str(caught.value) == said
 
 

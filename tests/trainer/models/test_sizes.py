@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from holdfast.trainer.config import convert_config
-from holdfast.trainer.models import ModelConfig, family_of
+from holdfast.trainer.models import family_of
+from holdfast.trainer.models.llama.family import LlamaConfig
 
 
-def model(hidden: int, **keys: Any) -> ModelConfig:
-    return ModelConfig(family="llama", layers=2, hidden=hidden, vocab=320, **keys)
+def model(hidden: int, **keys: Any) -> LlamaConfig:
+    return LlamaConfig(family="llama", layers=2, hidden=hidden, vocab=320, **keys)
 
 
 @pytest.mark.parametrize(

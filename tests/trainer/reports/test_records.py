@@ -14,8 +14,8 @@ from holdfast.launch.launchers.display_process import _Follower
 from holdfast.parallel.output import DiskWord, WholeFiles
 from holdfast.parallel.pipeline.executor import ActionTimes
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models import layer_specs
+from holdfast.trainer.models.llama.family import LlamaConfig
 from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import drop_after, last_step
@@ -74,7 +74,7 @@ def test_traces_hold_every_action_and_the_bubble(tmp_path: Path) -> None:
 
 
 def test_operations_are_six_per_parameter_and_token() -> None:
-    model = ModelConfig(
+    model = LlamaConfig(
         family="llama", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=4, vocab=100
     )
     layers = layer_specs(

@@ -1,6 +1,6 @@
-"""The Llama family: its rules, table of layers, modules and Hugging Face form, as `FAMILY`.
+"""The Llama family (Touvron et al. 2023; Dubey et al. 2024), as `FAMILY`.
 
-May import trainer.models, checkpoint.model_config and parallel.
+May import trainer.models.decoder.
 """
 
 import lazy_loader

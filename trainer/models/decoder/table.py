@@ -1,4 +1,4 @@
-"""The Llama family's parameter table and costs; needs no torch."""
+"""The parameter table of a decoder; needs no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from math import sqrt
 
 from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
-from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models.decoder.costs import Costs
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 
 
 def layer_specs(
-    model: ModelConfig,
+    model: DecoderConfig,
+    design: Design,
     *,
     tensor: int,
     sequence_parallel: bool,
@@ -37,18 +38,18 @@ def layer_specs(
         vocab_chunk = 0
     of_layers = [recompute] * model.layers if isinstance(recompute, str) else recompute
     sums_parts = sequence_parallel or shards > 1
-    tables = [_Table(model, parts, index, sums_parts, shards > 1) for index in range(parts)]
-    costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
+    tables = [_Table(model, design, parts, index, sums_parts, shards > 1) for index in range(parts)]
+    costs = Costs(model, design, tensor, sequence_parallel, seq_len, micro_batch, precision)
     transformer = [
         LayerSpec(
             name=f"block.{i}",
             parameters=tuple(table.transformer(i) for table in tables),
-            forward_flops=costs.layer_flops,
+            forward_flops=costs.layer_flops(i),
             activation_bytes=costs.layer_activation_bytes[how],
             output_bytes=costs.hidden_bytes,
             recompute=how,
-            recompute_flops=costs.layer_recompute_flops[how],
-            attention_flops=costs.core_flops,
+            recompute_flops=costs.recompute_flops(i, how),
+            attention_flops=costs.core_flops(i),
             keys_bytes=costs.keys_bytes,
         )
         for i, how in enumerate(of_layers)
@@ -74,7 +75,7 @@ def layer_specs(
     return (embedding, *transformer, head)
 
 
-def shares_heads(model: ModelConfig, parts: int, is_sharded: bool) -> bool:
+def shares_heads(model: DecoderConfig, parts: int, is_sharded: bool) -> bool:
     """Whether several parts of a rank may have a key and value head in common.
 
     Queries, keys and values are matrices of their own then, so that a rank has each once.
@@ -86,7 +87,8 @@ def shares_heads(model: ModelConfig, parts: int, is_sharded: bool) -> bool:
 class _Table:
     """The rows of one part."""
 
-    model: ModelConfig
+    model: DecoderConfig
+    design: Design
     parts: int
     index: int
     norms_differ: bool
@@ -104,59 +106,101 @@ class _Table:
         return norm, self._vocabulary("lm_head.weight", "projection", 0)
 
     def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
-        model = self.model
-        prefix, dim = f"model.layers.{layer}", model.dim_per_head
-        queries = (model.heads * dim, model.hidden)
-        keys = (model.kv_heads * dim, model.hidden)
-        q, k, v = self._projections(f"{prefix}.self_attn", queries, keys)
-        wide = (model.intermediate, model.hidden)
-        gate = self._rows(f"{prefix}.mlp.gate_proj.weight", wide, "mlp.gate_up", 0)
-        up = self._rows(f"{prefix}.mlp.up_proj.weight", wide, "mlp.gate_up", gate.rows)
+        prefix = f"model.layers.{layer}"
         return (
             self._norm(f"{prefix}.input_layernorm.weight", "attention_norm.weight"),
-            q,
-            k,
-            v,
-            self._columns(f"{prefix}.self_attn.o_proj.weight", queries[::-1], "attention.output"),
+            *self._attention(f"{prefix}.self_attn"),
             self._norm(f"{prefix}.post_attention_layernorm.weight", "mlp_norm.weight"),
+            *self._mlp(f"{prefix}.mlp"),
+        )
+
+    def _attention(self, prefix: str) -> tuple[ParameterSpec, ...]:
+        model, design = self.model, self.design
+        queries = (model.heads * model.dim_per_head, model.hidden)
+        output = self._columns(f"{prefix}.o_proj.weight", queries[::-1], "attention.output")
+        rows = [*self._projections(prefix, queries[0]), output]
+        if design.qkv_bias:
+            rows += self._projections(prefix, queries[0], "bias")
+        if design.output_bias:
+            rows.append(self._hidden_bias(f"{prefix}.o_proj.bias", "attention.output_bias"))
+        if design.head_norms:
+            rows.append(self._head_norm(f"{prefix}.q_norm.weight", "attention.query_norm"))
+            rows.append(self._head_norm(f"{prefix}.k_norm.weight", "attention.key_norm"))
+        return tuple(rows)
+
+    def _mlp(self, prefix: str) -> tuple[ParameterSpec, ...]:
+        wide = (self.model.intermediate, self.model.hidden)
+        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+        gate = self._rows(f"{names[0]}.weight", wide, "mlp.gate_up", 0)
+        up = self._rows(f"{names[1]}.weight", wide, "mlp.gate_up", gate.rows)
+        down = self._columns(f"{prefix}.down_proj.weight", wide[::-1], "mlp.down")
+        if not self.design.mlp_bias:
+            return gate, up, down
+        return (
             gate,
             up,
-            self._columns(f"{prefix}.mlp.down_proj.weight", wide[::-1], "mlp.down"),
+            down,
+            self._rows(f"{names[0]}.bias", wide[:1], "mlp.gate_up_bias", 0),
+            self._rows(f"{names[1]}.bias", wide[:1], "mlp.gate_up_bias", gate.rows),
+            self._hidden_bias(f"{prefix}.down_proj.bias", "mlp.down_bias"),
         )
 
     def _projections(
-        self, prefix: str, queries: tuple[int, int], keys: tuple[int, int]
+        self, prefix: str, queries: int, kind: str = "weight"
     ) -> tuple[ParameterSpec, ParameterSpec, ParameterSpec]:
-        names = [f"{prefix}.{which}_proj.weight" for which in ("q", "k", "v")]
-        if shares_heads(self.model, self.parts, self.is_sharded):
+        """The weights, or the biases, of the projections to queries, keys and values."""
+        model = self.model
+        names = [f"{prefix}.{which}_proj.{kind}" for which in ("q", "k", "v")]
+        inner = (model.hidden,) if kind == "weight" else ()
+        suffix = "" if kind == "weight" else "_bias"
+        wide, narrow = (queries, *inner), (model.kv_heads * model.dim_per_head, *inner)
+        if shares_heads(model, self.parts, self.is_sharded):
             return (
-                self._rows(names[0], queries, "attention.query", 0),
-                self._kv(names[1], keys, "attention.key", 0),
-                self._kv(names[2], keys, "attention.value", 0),
+                self._rows(names[0], wide, f"attention.query{suffix}", 0),
+                self._kv(names[1], narrow, f"attention.key{suffix}", 0),
+                self._kv(names[2], narrow, f"attention.value{suffix}", 0),
             )
         start, stop = self._kv_rows()
-        share = queries[0] // self.parts
+        share, local = queries // self.parts, f"attention.qkv{suffix}"
         return (
-            self._rows(names[0], queries, "attention.qkv", 0),
-            self._kv(names[1], keys, "attention.qkv", share),
-            self._kv(names[2], keys, "attention.qkv", share + stop - start),
+            self._rows(names[0], wide, local, 0),
+            self._kv(names[1], narrow, local, share),
+            self._kv(names[2], narrow, local, share + stop - start),
         )
 
-    def _normal(self) -> Initial:
-        return Initial("normal", self.model.init_std)
+    def _normal(self, shape: tuple[int, ...]) -> Initial:
+        """Of a matrix normal draws, of a bias zeros."""
+        return Initial("normal", self.model.init_std) if len(shape) > 1 else Initial("constant", 0)
 
     def _norm(self, name: str, local: str) -> ParameterSpec:
-        shape, copies = (self.model.hidden,), tuple(range(self.parts))
+        return self._vector(name, self.model.hidden, local, 1.0, parts_differ=self.norms_differ)
+
+    def _hidden_bias(self, name: str, local: str) -> ParameterSpec:
+        return self._vector(name, self.model.hidden, local, 0.0, parts_differ=self.norms_differ)
+
+    def _head_norm(self, name: str, local: str) -> ParameterSpec:
+        """Each part has other heads."""
+        return self._vector(name, self.model.dim_per_head, local, 1.0, parts_differ=True)
+
+    def _vector(
+        self, name: str, elements: int, local: str, initial: float, *, parts_differ: bool
+    ) -> ParameterSpec:
+        """What every part has whole.
+
+        Args:
+            parts_differ: whether each part sees another share of its gradient.
+        """
+        shape, copies = (elements,), tuple(range(self.parts))
         return ParameterSpec(
             name=name,
             shape=shape,
             box=Box((0,), shape),
             local=local,
             local_row=0,
-            initial=Initial("constant", 1.0),
+            initial=Initial("constant", initial),
             decay=False,
             copies=copies,
-            summed=copies if self.norms_differ and self.parts > 1 else (),
+            summed=copies if parts_differ and self.parts > 1 else (),
         )
 
     def _split(self, size: int) -> tuple[int, int]:
@@ -167,9 +211,9 @@ class _Table:
         start, stop = self._split(self.model.vocab)
         return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, 0, tied_use)
 
-    def _rows(self, name: str, shape: tuple[int, int], local: str, local_row: int) -> ParameterSpec:
-        start, stop = self._split(shape[0])
-        return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, local_row)
+    def _rows(self, name: str, shape: tuple[int, ...], local: str, local_row: int) -> ParameterSpec:
+        box = _of_rows(shape, *self._split(shape[0]))
+        return self._sharded(name, shape, box, local, local_row)
 
     def _columns(self, name: str, shape: tuple[int, ...], local: str) -> ParameterSpec:
         rows, columns = shape
@@ -186,8 +230,7 @@ class _Table:
         head = self.index * model.kv_heads // self.parts
         return head * dim, (head + 1) * dim
 
-    def _kv(self, name: str, shape: tuple[int, int], local: str, local_row: int) -> ParameterSpec:
-        start, stop = self._kv_rows()
+    def _kv(self, name: str, shape: tuple[int, ...], local: str, local_row: int) -> ParameterSpec:
         copies = (self.index,)
         if self.model.kv_heads % self.parts:
             per_head = self.parts // self.model.kv_heads
@@ -196,11 +239,11 @@ class _Table:
         return ParameterSpec(
             name=name,
             shape=shape,
-            box=Box((start, 0), (stop, shape[1])),
+            box=_of_rows(shape, *self._kv_rows()),
             local=local,
             local_row=local_row,
-            initial=self._normal(),
-            decay=True,
+            initial=self._normal(shape),
+            decay=len(shape) > 1,
             copies=copies,
             summed=copies if len(copies) > 1 else (),
         )
@@ -208,7 +251,7 @@ class _Table:
     def _sharded(
         self,
         name: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         box: Box,
         local: str,
         local_row: int,
@@ -221,62 +264,13 @@ class _Table:
             box=box,
             local=local,
             local_row=local_row,
-            initial=initial or self._normal(),
-            decay=True,
+            initial=initial or self._normal(shape),
+            decay=len(shape) > 1,
             copies=(self.index,),
             tied_use=tied_use,
         )
 
 
-class _Costs:
-    """The costs of one micro-batch: floating-point operations, and bytes kept for backward.
-
-    Matrix products count 2 operations per multiply-add, causal attention half of its square. Bytes
-    follow the tensors that the modules save (Korthikanti et al. 2022, section 4, counts a standard
-    layer).
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        tensor: int,
-        sequence_parallel: bool,
-        seq_len: int,
-        micro_batch: int,
-        precision: str,
-    ) -> None:
-        size = PRECISIONS[precision].bytes
-        tokens, dim = seq_len * micro_batch, model.dim_per_head
-        attention = model.heads * dim
-        projected = attention + 2 * model.kv_heads * dim
-        weights = model.hidden * (projected + attention + 3 * model.intermediate)
-        self.core_flops = 2.0 * tokens * seq_len * attention
-        self.layer_flops = 2.0 * tokens * weights + self.core_flops
-        self.head_flops = 2.0 * tokens * model.hidden * model.vocab
-        split = tensor if sequence_parallel else 1
-        hidden_bytes = tokens * model.hidden * size // split
-        # Each head has a copy of its keys where slices do not divide these (context_parallel).
-        self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
-        core_bytes = tokens * size * (projected + 2 * attention) // tensor
-        mlp_bytes = tokens * size * 4 * model.intermediate // tensor
-        kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor
-        self.hidden_bytes = hidden_bytes
-        self.layer_activation_bytes = {
-            "none": kept + core_bytes,
-            "selective": kept + tokens * size * projected // tensor,
-            "full": hidden_bytes,
-        }
-        self.layer_recompute_flops = {
-            "none": 0.0,
-            "selective": self.core_flops,
-            "full": self.layer_flops,
-        }
-        self.embedding_activation_bytes = 9 * tokens
-        wide = max(4, size)
-        self.logits_bytes = tokens * model.vocab * wide // tensor
-        self.chunk_entry_bytes = tokens * wide
-
-    def head_activation_bytes(self, vocab_chunk: int) -> int:
-        """What the head keeps, with the one chunk of logits that is in memory while it computes."""
-        chunk = vocab_chunk * self.chunk_entry_bytes
-        return 2 * self.hidden_bytes + (chunk or self.logits_bytes)
+def _of_rows(shape: tuple[int, ...], start: int, stop: int) -> Box:
+    """The box of some rows of a tensor."""
+    return Box((start, *(0 for _ in shape[1:])), (stop, *shape[1:]))

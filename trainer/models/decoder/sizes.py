@@ -1,31 +1,44 @@
-"""Llama models of other sizes with the same structure: tiny ones, and a tensor rank's part."""
+"""Decoders of other sizes with the same structure: tiny ones, and a tensor rank's part."""
 
 from __future__ import annotations
 
 from math import gcd
+from typing import Any, TypeVar
 
 import msgspec
 
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models.decoder.section import (
+    DecoderConfig,
+    LayeredWindowConfig,
+    WindowedConfig,
+)
 
 _HEAD_DIM = 4
+_WINDOW = 3
+D = TypeVar("D", bound=DecoderConfig)
 
 
-def tiny(model: ModelConfig, tensor: int, layers: int, divisor: int) -> ModelConfig:
+def tiny(model: D, tensor: int, layers: int, divisor: int) -> D:
     """A model of `layers` layers with small sizes that divide by `tensor` as before. Pure.
 
     Its heads divide by `divisor`, a multiple of `tensor`.
 
     These stay: head grouping, the distribution of key and value heads over tensor ranks, whether
-    the vocabulary divides evenly, tied embeddings, dropout.
+    the vocabulary divides evenly, tied embeddings, dropout, and that some layers have a window.
     """
     kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
     group = min(model.heads // model.kv_heads, 2)
     while (kv_heads * group) % divisor:
         group += 1
     heads = kv_heads * group
+    others: dict[str, Any] = {}
+    if isinstance(model, WindowedConfig):
+        others["sliding_window"] = min(model.sliding_window, _WINDOW)
+    if isinstance(model, LayeredWindowConfig):
+        others["max_window_layers"] = min(model.max_window_layers, layers // 2)
     return msgspec.structs.replace(
         model,
+        from_hf="",
         layers=layers,
         hidden=heads * _HEAD_DIM * (2 if model.head_dim else 1),
         head_dim=_HEAD_DIM if model.head_dim else 0,
@@ -34,6 +47,7 @@ def tiny(model: ModelConfig, tensor: int, layers: int, divisor: int) -> ModelCon
         kv_heads=kv_heads,
         vocab=12 * tensor + (0 if model.vocab % tensor == 0 else 1),
         max_seq_len=max(8, 4 * tensor),
+        **others,
     )
 
 
@@ -44,7 +58,7 @@ def _fewest_kv_heads(kv_heads: int, tensor: int) -> int:
     return gcd(kv_heads, tensor)
 
 
-def tensor_share(model: ModelConfig, tensor: int) -> ModelConfig:
+def tensor_share(model: D, tensor: int) -> D:
     """A one-layer model with as many heads and features as one of `tensor` ranks computes. Pure."""
     return msgspec.structs.replace(
         model,

@@ -1,13 +1,21 @@
-"""The rules between the keys of a Llama model."""
+"""The rules between the keys of a decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
+from holdfast.parallel.errors import shown
+from holdfast.trainer.models.decoder.section import DecoderConfig, LayeredWindowConfig, RopeScaling
 from holdfast.trainer.models.section import ModelConfig
 
+_FACTORS: Final = ("linear", "proportional", "llama3", "yarn")
+"""The types of scaled rotary embedding, all of which have a factor."""
+_LENGTHS: Final = ("llama3", "yarn")
+"""Those that depend on the length of sequences before."""
 
-def problems(model: ModelConfig, parts: int, key: str) -> Iterator[str]:
+
+def problems(model: DecoderConfig, parts: int, key: str) -> Iterator[str]:
     """One line per broken rule: the key, its value, what to change. Pure.
 
     Args:
@@ -17,6 +25,12 @@ def problems(model: ModelConfig, parts: int, key: str) -> Iterator[str]:
     if min(model.heads, model.kv_heads, model.hidden) < 1:
         return
     yield from _head_problems(model)
+    yield from _rotary_problems(model.rope_scaling)
+    if isinstance(model, LayeredWindowConfig) and model.max_window_layers > model.layers:
+        yield (
+            f"model.max_window_layers = {model.max_window_layers} exceeds model.layers = "
+            f"{model.layers}: no layer would have a window; lower it"
+        )
     if parts >= 1:
         yield from _part_problems(model, parts, f"{key} = {parts}")
 
@@ -36,6 +50,32 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; "
             "each key and value head serves the same number of query heads"
+        )
+
+
+def _rotary_problems(scaling: RopeScaling) -> Iterator[str]:
+    kind = scaling.rope_type
+    said = f"model.rope_scaling with rope_type = {kind!r}"
+    limits = {
+        "factor": (1.0, 1e6) if kind in _FACTORS else (1.0, 1.0),
+        "original_max_position_embeddings": (1, 2**31) if kind in _LENGTHS else (0, 2**31),
+        "partial_rotary_factor": (0.0, 1.0),
+        "low_freq_factor": (1e-6, 1e6),
+        "high_freq_factor": (1e-6, 1e6),
+        "beta_fast": (1e-6, 1e6),
+        "beta_slow": (1e-6, 1e6),
+        "attention_factor": (0.0, 1e6),
+        "mscale": (0.0, 1e6),
+        "mscale_all_dim": (0.0, 1e6),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(scaling, name)
+        if not least <= value <= most:  # nan too
+            yield f"{said}: {name} = {shown(value)}: must be from {least} to {most}"
+    if kind == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+        yield (
+            f"{said}: low_freq_factor = {scaling.low_freq_factor} must be less than "
+            f"high_freq_factor = {scaling.high_freq_factor}"
         )
 
 

@@ -1,4 +1,5 @@
-"""The pure functions of a Llama layer, which `train.compile` compiles: see `models/compilation.py`.
+"""The pure functions of a decoder's layer, which `train.compile` compiles: see
+`models/compilation.py`.
 
 Shapes are those of one tensor-parallel rank.
 """
@@ -16,6 +17,8 @@ from holdfast.parallel.context_parallel import ContextParallel
 from holdfast.parallel.layout import Slices, even_range
 from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.models.compilation import Region
+from holdfast.trainer.models.decoder.rotary import RotaryTables, rotated
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
 from holdfast.trainer.models.family import RegionSizes
 from holdfast.trainer.models.section import ModelConfig
 
@@ -28,56 +31,48 @@ def norm(value: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(value, value.shape[-1:], weight, eps)
 
 
-class RotaryTables(NamedTuple):
-    """The rotary embedding's cos and sin: float[seq, head_dim / 2].
+class HeadNorms(NamedTuple):
+    """The weights of the norms of each head's queries and keys: float[head_dim] each."""
 
-    They are computed in float32, and have the type of the model.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(
-        cls, model: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device
-    ) -> RotaryTables:
-        """The tables of positions 0 to seq_len - 1."""
-        dim = model.dim_per_head
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        frequencies = 1.0 / model.rope_theta**exponents
-        positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, frequencies)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
-
-    def at(self, positions: Tensor) -> RotaryTables:
-        """The tables of these positions, int64[seq, batch]: float[batch, 1, seq, head_dim / 2]."""
-        cos, sin = (table[positions.t()].unsqueeze(1) for table in self)
-        return RotaryTables(cos, sin)
+    query: Tensor | None = None
+    """None: there are no such norms."""
+    key: Tensor | None = None
+    eps: float = 0.0
 
 
-def _rotated(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`value` rotated: float[batch, heads, seq, head_dim], by tables of [seq, head_dim / 2]."""
-    first, second = value.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def attend(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+def attend(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     """Rotary embedding and causal grouped-query attention.
 
     Args:
         projected: float[seq, batch, (heads + 2 kv_heads) dim].
         cos, sin: the rotary tables, for at least as many positions.
+        query_norm, key_norm, eps: as of `HeadNorms`.
     Returns:
         float[seq, batch, heads dim].
     """
     seq, batch, _ = projected.shape
-    q, k, v = _heads(projected, cos[:seq], sin[:seq], heads, kv_heads)
+    norms = HeadNorms(query_norm, key_norm, eps)
+    q, k, v = _heads(projected, cos[:seq], sin[:seq], heads, kv_heads, norms)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
 
 def attend_within(
-    projected: Tensor, rotary: RotaryTables, documents: Documents, heads: int, kv_heads: int
+    projected: Tensor,
+    rotary: RotaryTables,
+    documents: Documents,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms,
 ) -> Tensor:
     """As `attend`, with positions of their own in each document, and no attention across.
 
@@ -85,7 +80,7 @@ def attend_within(
     bits do not depend on its neighbours.
     """
     seq, batch, _ = projected.shape
-    of_heads = _heads(projected, *rotary.at(documents.positions), heads, kv_heads)
+    of_heads = _heads(projected, *rotary.at(documents.positions), heads, kv_heads, norms)
     # float[heads, batch seq, head_dim], cut between documents
     q, k, v = (
         part.transpose(0, 1).flatten(1, 2).split(documents.lengths, dim=1) for part in of_heads
@@ -108,6 +103,8 @@ def attend_sliced(
     documents: Documents | None,
     heads: int,
     kv_heads: int,
+    norms: Sequence[HeadNorms],
+    window: int,
     kept: dict[object, Any],
     name: object,
 ) -> list[Tensor]:
@@ -115,28 +112,31 @@ def attend_sliced(
     the context group.
 
     Args:
-        kept, name: as of `ContextParallel.attend`.
+        norms: of each slice.
+        window, kept, name: as of `ContextParallel.attend`.
     """
     of_slices = []
-    for number, value in zip(slices.own, projected, strict=True):
+    for number, value, of_slice in zip(slices.own, projected, norms, strict=True):
         places = slices.tokens(number)
         tables = RotaryTables(*(table[places] for table in rotary))
         if documents is not None:
             tables = rotary.at(documents.positions[places])
-        of_slices.append(_heads(value, *tables, heads, kv_heads))
+        of_slices.append(_heads(value, *tables, heads, kv_heads, of_slice))
     q, k, v = zip(*of_slices, strict=True)
-    mixed = context.attend(q, k, v, slices, documents, kept, name)
+    mixed = context.attend(q, k, v, slices, documents, kept, name, window)
     return [value.permute(2, 0, 1, 3).flatten(2) for value in mixed]
 
 
 def _heads(
-    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: HeadNorms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, rotated: float[batch, heads, seq, head_dim] each."""
     seq, batch, _ = projected.shape
     split = projected.view(seq, batch, heads + 2 * kv_heads, -1).permute(1, 2, 0, 3)
     q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
-    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+    if norms.query is not None and norms.key is not None:
+        q, k = norm(q, norms.query, norms.eps), norm(k, norms.key, norms.eps)
+    return rotated(q, cos, sin), rotated(k, cos, sin), v
 
 
 def gate(gate_up: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def heads_of(model: ModelConfig, tensor: int) -> tuple[int, int]:
     return model.heads // tensor, max(1, model.kv_heads // tensor)
 
 
-def regions(model: ModelConfig, sizes: RegionSizes) -> Iterator[Region]:
+def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterator[Region]:
     """The regions of a layer; the head's norm is one of them."""
 
     def value(rows: int, features: int) -> Tensor:
@@ -163,13 +163,19 @@ def regions(model: ModelConfig, sizes: RegionSizes) -> Iterator[Region]:
             requires_grad=True,
         )
 
-    weight = nn.Parameter(torch.empty(model.hidden, dtype=sizes.dtype, device=sizes.device))
-    yield Region(norm, (value(sizes.rows, model.hidden), weight, model.norm_eps))
+    def weight(elements: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(elements, dtype=sizes.dtype, device=sizes.device))
+
+    yield Region(norm, (value(sizes.rows, model.hidden), weight(model.hidden), model.norm_eps))
     heads, kv_heads = heads_of(model, sizes.tensor)
     tables = RotaryTables.of(model, sizes.seq_len, sizes.dtype, sizes.device)
-    if sizes.tokens == sizes.seq_len:
-        projected = value(sizes.seq_len, (heads + 2 * kv_heads) * model.dim_per_head)
-        yield Region(attend, (projected, *tables, heads, kv_heads))
+    if sizes.tokens == sizes.seq_len and not all(
+        is_windowed(design.window(layer), sizes.seq_len) for layer in range(model.layers)
+    ):
+        dim = model.dim_per_head
+        projected = value(sizes.seq_len, (heads + 2 * kv_heads) * dim)
+        norms = (weight(dim), weight(dim), model.norm_eps) if design.head_norms else ()
+        yield Region(attend, (projected, *tables, heads, kv_heads, *norms))
     parts = {
         stop - start
         for index in range(sizes.tensor)

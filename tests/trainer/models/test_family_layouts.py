@@ -1,0 +1,99 @@
+"""What sets families apart (biases, norms of heads, windows) has the same bits in every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.parallel.layout import Slices
+from holdfast.parallel.pipeline import Documents
+from holdfast.trainer.check.tiny import tiny_config
+from holdfast.trainer.config.rules import problems_of
+from support.oracles.transformers_models import (
+    by_name,
+    context_of,
+    gradient_of,
+    our_model,
+    small_model,
+    tokens_of,
+)
+from support.processes.cluster import Cluster
+from support.runs.small_runs import findings_of, make_config, run_training
+
+MODELS: list[dict[str, Any]] = [
+    {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    {"family": "qwen3", "attention_bias": True, "sliding_window": 5, "max_window_layers": 1},
+]
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor": 2, "pipeline": 2},
+    {"tensor": 4},
+    {"context": 2, "pipeline": 2, "stretches": 2},
+    {"context": 2, "context_exchange": "keys", "tensor": 2},
+    {"data": 3, "shard": "parameters"},
+]
+
+
+def run_of(model: dict[str, Any], layout: dict[str, Any], **sections: Any) -> Any:
+    train = {"steps": 2, "seq_len": 32, "global_batch": 6, "context_chunks": 4}
+    config = make_config(
+        model={"layers": 4, "heads": 8, "kv_heads": 2, **model},
+        train={**train, **sections.pop("train", {})},
+        numerics={"tensor_shards": 4},
+        parallel=layout,
+        **sections,
+    )
+    assert problems_of(config, None) == []
+    return config
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model["family"])
+def test_layouts_give_the_same_bits(
+    cluster: Cluster, model: dict[str, Any], precision: str
+) -> None:
+    data = {"packing": "documents"} if precision == "bf16" else {}
+    alone = run_training(cluster, run_of(model, {}, train={"precision": precision}, data=data))
+    assert len(set(alone["losses"])) == 2
+    for place, layout in enumerate(LAYOUTS):
+        recompute = ("none", "selective", "full")[place % 3]
+        train = {"precision": precision, "recompute": recompute}
+        found = run_training(cluster, run_of(model, layout, train=train, data=data))
+        assert found == alone, layout
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model["family"])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 4, "sequence_parallel": False}])
+def test_a_checked_layout_equals_autograd(
+    cluster: Cluster, model: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    config = make_config(model={"layers": 2, "kv_heads": 2, **model}, parallel=layout)
+    assert findings_of(cluster, tiny_config(config, 2)) == []
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_documents_in_windows_are_as_if_alone(count: int) -> None:
+    """Each document's part of the loss and gradients is that of a sequence of its own."""
+    model = small_model(family="mistral", sliding_window=5)
+    lengths = [11, 13, 9, 15]
+    tokens = tokens_of(model, 2, 25)
+    packed, apart = (our_model(model, torch.float64) for _ in range(2))
+    slices = Slices(24 // count, (0,) * count) if count > 1 else Slices()
+    context = context_of(tokens, Documents.of(lengths, 2))
+    losses = packed(None, context.__class__(0, 0, True, context.batch, 1.0, slices))
+    losses.sum().backward()
+    rows = [(0, 0, 11), (0, 11, 24), (1, 0, 9), (1, 9, 24)]
+    total = 0.0
+    for row, start, stop in rows:
+        loss = apart(None, context_of(tokens[row : row + 1, start : stop + 1]))
+        loss.backward()
+        total += loss.item()
+    assert losses.sum().item() == pytest.approx(total, rel=1e-12)
+    theirs = by_name(apart, gradient_of)
+    for name, gradient in by_name(packed, gradient_of).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-9, atol=1e-11)

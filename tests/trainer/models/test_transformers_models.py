@@ -1,0 +1,55 @@
+"""Every family against transformers: logits, the loss and all gradients, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.trainer.models import family_of
+from support.oracles.transformers_models import (
+    MODELS,
+    by_name,
+    context_of,
+    gradient_of,
+    our_model,
+    small_model,
+    their_model,
+    tokens_of,
+    value_of,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", MODELS, ids=str)
+def test_logits_and_gradients_equal_transformers(keys: dict[str, Any]) -> None:
+    model = small_model(**keys)
+    chunk = our_model(model, torch.float64)
+    theirs = their_model(model, by_name(chunk, value_of), torch.float64)
+    tokens = tokens_of(model, 2, 24)
+    logits = theirs(tokens[:, :-1]).logits
+    # Rotary tables and norms are float32 in transformers.
+    torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=1e-5)
+    loss = chunk(None, context_of(tokens))
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
+    loss.backward()
+    expected.backward()
+    found = by_name(chunk, gradient_of)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", MODELS, ids=str)
+def test_config_json_gives_the_section_back(keys: dict[str, Any]) -> None:
+    model = small_model(**keys)
+    family = family_of(model.family)
+    described = family.config_json(model, 16, "float32")
+    assert family.section_of is not None
+    for key, value in family.section_of(described).items():
+        mine = model.dim_per_head if key == "head_dim" else getattr(model, key)
+        assert value == mine, key
+    assert list(family.differences(model, described)) == []

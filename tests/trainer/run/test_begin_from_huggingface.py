@@ -1,0 +1,142 @@
+"""Training begins with a model that transformers made, and ends as one that it opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import load_config
+from support.oracles.transformers_models import SIZES
+from support.runs.commands import holdfast
+
+CONFIG = """
+[data]
+kind = "text"
+path = ["corpus.txt"]
+[train]
+steps = 2
+seq_len = 16
+global_batch = 4
+eval_every = 0
+[optimizer]
+warmup_steps = 1
+lr = {lr}
+min_lr = 0.0
+[log]
+tensorboard = false
+"""
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 6},
+}
+
+
+def made(folder: Path, kind: str, **keys: Any) -> Any:
+    """A model with transformers' own initial weights, saved in bf16."""
+    import transformers
+
+    torch.manual_seed(4)
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": SIZES["hidden"],
+        "intermediate_size": SIZES["intermediate"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": SIZES["heads"],
+        "num_key_value_heads": SIZES["kv_heads"],
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,  # so that the likeliest token is not a tie
+    }
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, **keys})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(str(folder))
+    return model.float()
+
+
+def generated(model: Any) -> list[int]:
+    prompt = torch.arange(3, 11)[None]
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+    )[0].tolist()
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_folder_is_trained_and_is_a_folder_again(kind: str, tmp_path: Path) -> None:
+    """With a learning rate of nearly 0 the text stays; else it is another, which transformers
+    generates from our folder as from the weights in it."""
+    import transformers
+
+    theirs = made(tmp_path / "model", kind, **MODELS[kind])
+    (tmp_path / "corpus.txt").write_text("To be, or not to be: that is the question. " * 40)
+    texts = []
+    for lr in ("1e-12", "3e-2"):
+        (tmp_path / "c.toml").write_text(CONFIG.format(lr=lr))
+        run = tmp_path / f"run-{lr}"
+        done = holdfast(
+            tmp_path, "train", "c.toml", "--from-hf", "model", "--out", str(run), timeout_s=120
+        )
+        assert done.returncode == 0, done.stderr
+        opened = transformers.AutoModelForCausalLM.from_pretrained(
+            str(run / "checkpoints" / "step-00000002")
+        )
+        texts.append(generated(opened))
+    assert texts[0] == generated(theirs) != texts[1]
+    again = holdfast(tmp_path, "train", "c.toml", "--from-hf", "model", "--out", str(run))
+    assert again.returncode == 0
+    assert "step 1/2" not in again.stdout
+
+
+def test_a_folder_gives_the_keys_that_are_not_set(tmp_path: Path) -> None:
+    described = {
+        "model_type": "qwen2",
+        "hidden_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 2,
+    }
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "tokenizer.json").write_text("{}")
+    path = tmp_path / "c.toml"
+    path.write_text(f'[model]\nfrom_hf = "{folder}"\ndropout = 0.1\nvocab = 320\n')
+    config = load_config(path)
+    model: Any = config.model
+    assert (model.family, model.hidden, model.layers, model.heads) == ("qwen2", 48, 5, 6)
+    assert (model.kv_heads, model.sliding_window, model.max_window_layers) == (3, 7, 2)
+    assert (model.dropout, model.vocab) == (0.1, 320)
+
+
+def test_what_no_key_says_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = tmp_path / "c.toml"
+    path.write_text(f'[model]\nfrom_hf = "{folder}"\n')
+    with pytest.raises(ConfigError, match="name the folder of a Hugging Face model"):
+        load_config(path)
+    for described, said in (
+        ({"model_type": "bert"}, "model_type is 'bert'; allowed are 'llama'"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'"),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "accepted are full_attention for the lower layers",
+        ),
+    ):
+        (folder / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert said in str(caught.value)

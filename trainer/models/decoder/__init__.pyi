@@ -1,0 +1,15 @@
+from .family import (
+    decoder_family as decoder_family,
+)
+from .huggingface import (
+    WINDOW_KEYS as WINDOW_KEYS,
+    Described as Described,
+    windows_from_json as windows_from_json,
+    windows_to_json as windows_to_json,
+)
+from .section import (
+    DecoderConfig as DecoderConfig,
+    Design as Design,
+    LayeredWindowConfig as LayeredWindowConfig,
+    WindowedConfig as WindowedConfig,
+)

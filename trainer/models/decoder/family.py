@@ -1,0 +1,61 @@
+"""Families of decoders: what each adds is its section, its design and its `config.json`.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from holdfast.parallel.layout import LayerSpec
+from holdfast.trainer.models.decoder.huggingface import Described
+from holdfast.trainer.models.decoder.rules import problems
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design
+from holdfast.trainer.models.decoder.sizes import tensor_share, tiny
+from holdfast.trainer.models.decoder.table import layer_specs
+from holdfast.trainer.models.family import ChunkContext, Family, RegionSizes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from holdfast.trainer.models.compilation import Region
+
+D = TypeVar("D", bound=DecoderConfig)
+
+
+def decoder_family(
+    section: type[D], design: Callable[[D], Design], described: Described
+) -> Family[D]:
+    """A family of decoders.
+
+    Args:
+        design: of a section, what its layers add to a plain Llama's.
+    """
+
+    def specs(model: D, **layout: Any) -> tuple[LayerSpec, ...]:
+        return layer_specs(model, design(model), **layout)
+
+    def modules(model: D, context: ChunkContext) -> Callable[[int, LayerSpec], nn.Module]:
+        from holdfast.trainer.models.decoder.layers import module_builder
+
+        return module_builder(model, design(model), context)
+
+    def compiled_regions(model: D, sizes: RegionSizes) -> Iterator[Region]:
+        from holdfast.trainer.models.decoder.regions import regions
+
+        return regions(model, design(model), sizes)
+
+    return Family(
+        section=section,
+        problems=problems,
+        layer_specs=specs,
+        modules=modules,
+        config_json=described.config_json,
+        section_of=described.section,
+        differences=described.differences,
+        tiny=tiny,
+        tensor_share=tensor_share,
+        compiled_regions=compiled_regions,
+        windows=lambda model: design(model).windows,
+    )

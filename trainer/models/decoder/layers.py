@@ -1,0 +1,163 @@
+"""The layers of a decoder, for the parts of the layers that one tensor-parallel rank has.
+
+The architecture is Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et
+al. 2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), with what a
+family's `Design` adds. Hidden states are float[seq, micro_batch, hidden], or [seq / T, ...] with
+sequence parallelism; modules of layers take and give those of the rank's slices, one by one.
+Exact-mode safe: a layer's arithmetic depends neither on its chunk nor on the other slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from holdfast.parallel.context_parallel import ContextParallel
+from holdfast.parallel.layout import LayerSpec, even_range
+from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
+from holdfast.parallel.tensor_parallel import (
+    TensorParallel,
+    column_linear,
+    in_slice,
+    of_parts,
+    row_linear,
+)
+from holdfast.trainer.models.compilation import compiled
+from holdfast.trainer.models.decoder.attention import Attention, attention_core
+from holdfast.trainer.models.decoder.ends import Embedding, Head
+from holdfast.trainer.models.decoder.norms import (
+    Choice,
+    KeyedDropout,
+    Queues,
+    Region,
+    RMSNorm,
+    biased,
+    part_queues,
+)
+from holdfast.trainer.models.decoder.regions import RotaryTables, gate
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design
+from holdfast.trainer.models.family import ChunkContext
+
+
+class MLP(nn.Module):
+    """SwiGLU over the intermediate features of this rank's parts."""
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        design: Design,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        choose: Choice,
+    ) -> None:
+        super().__init__()
+        self._tp, self._queue, self._gate = tp, queue, choose(gate)
+        sizes = [len(range(*even_range(model.intermediate, tp.parts, k))) for k in tp.own_parts]
+        self.gate_up = nn.ParameterList(torch.empty(2 * size, model.hidden) for size in sizes)
+        self.down = nn.ParameterList(torch.empty(model.hidden, size) for size in sizes)
+        self.gate_up_bias, self.down_bias = None, None
+        if design.mlp_bias:
+            self.gate_up_bias = nn.ParameterList(torch.empty(2 * size) for size in sizes)
+            self.down_bias = nn.Parameter(torch.empty(model.hidden))
+
+    def forward(self, value: Tensor, number: int, queues: Queues) -> Tensor:
+        """Of slice `number`.
+
+        Args:
+            queues: for the bias of the output.
+        """
+        queue = self._queue.of(number)
+        weights = [[weight] for weight in of_parts(self.gate_up, queue)]
+        wide = column_linear(value, weights, self._tp)
+        if self.gate_up_bias is not None:
+            wide = [
+                part + in_slice(bias, queue)
+                for part, bias in zip(wide, self.gate_up_bias, strict=True)
+            ]
+        gated = [self._gate(part) for part in wide]
+        return biased(
+            row_linear(gated, of_parts(self.down, queue), self._tp), self.down_bias, queues
+        )
+
+
+class TransformerLayer(nn.Module):
+    """One transformer layer: attention and MLP, each normed before and added after."""
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        layer: int,
+        recompute: str,
+        context: ChunkContext,
+        attention: nn.Module,
+        mlp: nn.Module,
+        choose: Choice,
+    ) -> None:
+        super().__init__()
+        tp, seed = context.tensor_parallel, context.seed
+        self._recompute, self._queue, self._tp = recompute == "full", context.queue, tp
+        self.attention_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.attention = attention
+        self.attention_dropout = KeyedDropout(model.dropout, seed, str(layer), "attention", tp)
+        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.mlp = mlp
+        self.mlp_dropout = KeyedDropout(model.dropout, seed, str(layer), "mlp", tp)
+
+    def forward(self, values: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._compute, context, *values, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._compute(context, *values)
+
+    def _compute(self, context: MicroBatchContext, *values: Tensor) -> list[Tensor]:
+        """The layer; tensors are arguments by themselves, so that they may be offloaded."""
+        queues = part_queues(self._queue, context, self._tp)
+        normed = map(self.attention_norm, values, queues)
+        mixed = self.attention(list(normed), context, queues)
+        found = []
+        for number, value, added, by_part in zip(
+            context.slices.own, values, mixed, queues, strict=True
+        ):
+            value = value + self.attention_dropout(added, context, number)
+            added = self.mlp(self.mlp_norm(value, by_part), number, by_part)
+            found.append(value + self.mlp_dropout(added, context, number))
+        return found
+
+
+def _as_it_is(region: Region) -> Region:
+    return region
+
+
+def module_builder(
+    model: DecoderConfig, design: Design, context: ChunkContext
+) -> Callable[[int, LayerSpec], nn.Module]:
+    """The builder of a chunk's modules, which share rotary tables; see `Family.modules`. Local."""
+    tp, queue = context.tensor_parallel, context.queue
+    rotary = RotaryTables.of(model, context.seq_len, context.dtype, context.device)
+    choose = compiled if context.compiles else _as_it_is
+    split = context.context_parallel or ContextParallel(None, "heads")
+
+    def build(layer: int, spec: LayerSpec) -> nn.Module:
+        if layer == 0:
+            return Embedding(model, tp, queue, context.seed)
+        if layer == model.layers + 1:
+            return Head(model, tp, queue, spec.vocab_chunk, choose)
+        recompute, number = spec.recompute, layer - 1
+        core = attention_core(
+            model,
+            design.window(number),
+            tp,
+            rotary,
+            split,
+            choose,
+            recomputes=recompute == "selective",
+        )
+        attention = Attention(model, design, tp, queue, core)
+        mlp = MLP(model, design, tp, queue, choose)
+        return TransformerLayer(model, number, recompute, context, attention, mlp, choose)
+
+    return build

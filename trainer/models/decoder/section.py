@@ -1,0 +1,87 @@
+"""The `[model]` keys of families with rotary embedding, and what sets their layers apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from holdfast.trainer.models.section import ModelConfig
+
+
+class RopeScaling(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """The scaling of rotary embedding for longer sequences, by the names of config.json.
+
+    A field for each setting of transformers' `rope_parameters`, without the base.
+    """
+
+    rope_type: Literal["default", "linear", "proportional", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    """How much longer sequences are than the original ones."""
+    original_max_position_embeddings: int = 0
+    """The length of sequences before the scaling; needed by "llama3" and "yarn"."""
+    partial_rotary_factor: float = 1.0
+    """With "proportional": the share of the frequencies, fastest first, that turn at all."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+    """The factor of cos and sin with "yarn"; 0: it follows from `factor`."""
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+class DecoderConfig(ModelConfig, frozen=True, kw_only=True):
+    """The keys of models with rotary embedding."""
+
+    rope_scaling: RopeScaling = RopeScaling()
+
+
+class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
+    """The keys of models whose queries may see the nearest keys only."""
+
+    sliding_window: int = 0
+    """The keys that a query sees, itself included; 0: all before it."""
+
+
+class LayeredWindowConfig(WindowedConfig, frozen=True, kw_only=True):
+    """The keys of models of which only the upper layers have a window."""
+
+    max_window_layers: int = 0
+    """The layers at the bottom that see all keys whatever `sliding_window` says."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each layer; see `Design.windows`."""
+        below = min(self.max_window_layers, self.layers)
+        return (0,) * below + (self.sliding_window,) * (self.layers - below)
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What the layers of a model have that a plain Llama's lack."""
+
+    qkv_bias: bool = False
+    """Biases of the projections to queries, keys and values."""
+    output_bias: bool = False
+    """The bias of attention's output projection."""
+    mlp_bias: bool = False
+    """Biases of the MLP's projections."""
+    head_norms: bool = False
+    """Norms of each head's queries and keys, before they are rotated."""
+    windows: tuple[int, ...] = ()
+    """By layer, the keys that a query sees, itself included; 0: all before it. Empty: 0."""
+
+    def window(self, layer: int) -> int:
+        """The keys that a query of a layer sees; 0: all before it."""
+        return self.windows[layer] if self.windows else 0
+
+
+def is_windowed(window: int, seq_len: int) -> bool:
+    """Whether a window hides keys in sequences of this length."""
+    return 0 < window < seq_len

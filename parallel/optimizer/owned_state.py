@@ -54,7 +54,9 @@ class OwnedState:
         place = torch.device("cpu") if on_host else device
         pinned = on_host and device.type == "cuda"
         zeros = {
-            kind: torch.zeros(end, dtype=form.dtype, device=place, pin_memory=pinned)
+            kind: torch.zeros(
+                end, dtype=form.precision_of(kind).dtype, device=place, pin_memory=pinned
+            )
             for kind in form.saved
         }
         gradients = torch.zeros(end, dtype=form.dtype, device=device)

@@ -99,7 +99,7 @@ class ShadowCopies:
             blocks,
             step=torch.zeros((), dtype=torch.float32, device=device),
             gradients=torch.zeros(elements, dtype=form.dtype, device=device),
-            kinds={kind: zeros(form.dtype) for kind in form.held},
+            kinds={kind: zeros(form.precision_of(kind).dtype) for kind in form.held},
             rounded=zeros(form.precision.dtype) if rounds else None,
         )
 
@@ -176,7 +176,8 @@ class ShadowState:
         if in_host_memory:
             largest = max((block.stop - block.start for block in self.blocks), default=0)
             self._staged = {
-                kind: torch.empty(largest, dtype=form.dtype, device=device) for kind in form.held
+                kind: torch.empty(largest, dtype=form.precision_of(kind).dtype, device=device)
+                for kind in form.held
             }
         self._updates = [
             self._copies.update_of(form, block, place, self._copies.kinds, block.start)

@@ -1,4 +1,4 @@
-"""Block transfers as messages: a CRC-32C, then the state of the blocks in one flat tensor.
+"""Block transfers as messages: a CRC-32C, then the state of the blocks in one tensor of bytes.
 
 A transfer has a number that is equal on both ends. Damaged state is rejected. Exact-mode safe.
 """
@@ -26,7 +26,7 @@ _PAUSE = -1
 def carried_bytes(block_transfers: Sequence[BlockTransfer], form: StateFormat) -> int:
     """The bytes that some transfers carry together. Pure."""
     elements = sum(sum(transfer.sizes) for transfer in block_transfers)
-    return len(form.held) * form.precision.state.bytes * elements
+    return form.held_bytes * elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,11 @@ class BlockMessages:
         """Begin to send a transfer; `read` returns a held block's state."""
         states = [read(key) for key in transfer.keys]
         content = torch.cat(
-            [state[kind].reshape(-1).cpu() for state in states for kind in self.form.held]
+            [
+                state[kind].reshape(-1).cpu().view(torch.uint8)
+                for state in states
+                for kind in self.form.held
+            ]
         )
         checksum = torch.tensor([_checksum(content)], dtype=torch.int64)
         return [
@@ -64,9 +68,8 @@ class BlockMessages:
         return self.comm.receive(checksum, transfer.source, tag), checksum
 
     def receive_content(self, number: int, transfer: BlockTransfer) -> tuple[Handle, Tensor]:
-        """Begin to receive the state of a transfer's blocks: [kinds x elements of all blocks]."""
-        elements = len(self.form.held) * sum(transfer.sizes)
-        content = torch.empty(elements, dtype=self.form.dtype)
+        """Begin to receive the state of a transfer's blocks: uint8[bytes of all kinds]."""
+        content = torch.empty(carried_bytes([transfer], self.form), dtype=torch.uint8)
         tag = self.tags.tag(2 * number + 1)
         return self.comm.receive(content, transfer.source, tag), content
 
@@ -83,11 +86,17 @@ class BlockMessages:
                 f"optimizer state from rank {transfer.source} arrived damaged: its checksum does "
                 "not match"
             )
-        kinds, start = len(self.form.held), 0
+        start = 0
         for key, size in zip(transfer.keys, transfer.sizes, strict=True):
-            parts = content[start : start + kinds * size].view(kinds, size)
-            yield key, dict(zip(self.form.held, parts, strict=True))
-            start += kinds * size
+            state: dict[str, Tensor] = {}
+            for kind in self.form.held:
+                precision = self.form.precision_of(kind)
+                part = content[start : start + size * precision.bytes]
+                if start % precision.bytes:
+                    part = part.clone()  # its values would not be aligned
+                state[kind] = part.view(precision.dtype)
+                start += size * precision.bytes
+            yield key, state
 
 
 def is_pause(checksum: Tensor) -> bool:

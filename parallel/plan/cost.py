@@ -253,13 +253,12 @@ def _gradient_bytes(precision: Precision, exact: bool) -> int:
 
 
 def rank_memory(
-    plan: Plan, rank: int, *, precision: Precision, copies: int, exact: bool
+    plan: Plan, rank: int, *, precision: Precision, owned_bytes: int, exact: bool
 ) -> RankMemory:
     """The memory of one rank. Pure.
 
     Args:
-        copies: the values that the optimizer keeps per owned parameter, the reduced gradient
-            included.
+        owned_bytes: what the optimizer keeps per owned parameter, the reduced gradient included.
         exact: whether gradients are summed as int64.
     """
     owned = sum(plan.block(key).elements for key in plan.owned_blocks(rank))
@@ -268,7 +267,7 @@ def rank_memory(
     return RankMemory(
         parameters=kept_elements(plan, rank, "parameters") * precision.bytes,
         gradients=kept_elements(plan, rank, "gradients") * _gradient_bytes(precision, exact),
-        optimizer=owned * precision.state.bytes * copies,
+        optimizer=owned * owned_bytes,
         activations=peak_activation_bytes(plan, rank),
         buffers=buffer_bytes(plan, rank, precision=precision, exact=exact, sent=sent)
         + between_stretches_bytes(plan, rank),

@@ -64,11 +64,11 @@ def test_another_precision_is_saved_and_estimated_by_its_entry() -> None:
         config = half_config()
         plan, form = plan_of(config), state_format(config)
         dtypes = {tensor.kind: tensor.dtype for tensor in saved_tensors(plan, form)}
-        memory = rank_memory(plan, 0, precision=HALF, copies=form.copies, exact=True)
+        memory = rank_memory(plan, 0, precision=HALF, owned_bytes=form.owned_bytes, exact=True)
     assert dtypes["weight"] == "F16"
     assert {dtypes[kind] for kind in dtypes if kind != "weight"} == {"F32"}
     assert "master" in dtypes
-    assert memory == rank_memory(plan, 0, precision=PRECISIONS["bf16"], copies=4, exact=True)
+    assert memory == rank_memory(plan, 0, precision=PRECISIONS["bf16"], owned_bytes=16, exact=True)
 
 
 def train_in_half(rank: int, world_size: int, store: Store, *, data: int) -> Any:

@@ -13,6 +13,9 @@ from holdfast.parallel.optimizer import OPTIMIZERS, ParameterGroups, matched_by_
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.learning_rates import DECAY_SHAPES, LEARNING_RATES, Stage
 
+_MOST_BETA = 0.99
+"""bf16 has 8 bits: what a moment loses in a step must be more than 2^-8 of it."""
+
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of the TOML file; unknown keys are errors."""
@@ -84,6 +87,9 @@ class OptimizerConfig(_Table, frozen=True):
     tables."""
     state: Literal["device", "host"] = "device"
     """The memory in which the state lies, and where it is updated."""
+    moments_dtype: Literal["auto", "bf16"] = "auto"
+    """The type of what is kept beside master values; "auto": theirs. "bf16" is rounded to the
+    nearest after each update."""
     block_elements: int = 1048576
 
     @property
@@ -114,6 +120,21 @@ def stage_problems(optimizer: OptimizerConfig) -> Iterator[str]:
         if stage.lr is not None and stage.min_lr > stage.lr:
             yield f"{name}.min_lr = {stage.min_lr} exceeds its lr = {stage.lr}; lower it"
         last = max(last, stage.start)
+
+
+def moment_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    """The broken rules of moments with few bits, one line each. Pure."""
+    if optimizer.moments_dtype == "auto" or "betas" not in OPTIMIZERS[optimizer.name].constants:
+        return
+    found = {"optimizer.betas": optimizer.betas}
+    found |= {f"optimizer.groups[{n}].betas": g.betas for n, g in enumerate(optimizer.groups)}
+    for name, betas in found.items():
+        if betas is not None and max(betas) > _MOST_BETA:
+            yield (
+                f"{name} = {list(betas)} with optimizer.moments_dtype = "
+                f"{optimizer.moments_dtype!r}: a moment that falls by less than half of its last "
+                f"bit never falls; use at most {_MOST_BETA}, or leave moments_dtype out"
+            )
 
 
 def group_problems(optimizer: OptimizerConfig, names: Sequence[str]) -> Iterator[str]:

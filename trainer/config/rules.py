@@ -15,7 +15,11 @@ from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems, parameter_names
 from holdfast.trainer.config.installation import elastic_problem
-from holdfast.trainer.config.optimizer_section import group_problems, stage_problems
+from holdfast.trainer.config.optimizer_section import (
+    group_problems,
+    moment_problems,
+    stage_problems,
+)
 from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
@@ -116,6 +120,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 def _optimizer(config: RunConfig) -> Iterator[str]:
     yield from OPTIMIZERS[config.optimizer.name].problems(config.optimizer)
     yield from stage_problems(config.optimizer)
+    yield from moment_problems(config.optimizer)
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -156,15 +156,15 @@ def elastic_report(
                 kept[holder] += block.elements
             unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1
     form = state_format(config)
-    width, kinds = form.precision.state.bytes, len(form.held)
+    width = form.precision.state.bytes
     return ElasticReport(
         redundancy=redundancy,
         nodes=len(set(node_of.values())),
-        shadow_bytes=max(kept.values()) * (width * (kinds + 1) + _rounded_width(config, form)),
+        shadow_bytes=max(kept.values()) * (width + form.held_bytes + _rounded_width(config, form)),
         traffic_bytes=max(sent.values()) * width,
         spared_bytes=spared[max(sent, key=sent.__getitem__)] * form.precision.bytes,
         unsafe_blocks=unsafe,
-        loss=_loss(config, plan, set(lost), node_of, width * kinds) if lost else None,
+        loss=_loss(config, plan, set(lost), node_of, form.held_bytes) if lost else None,
     )
 
 

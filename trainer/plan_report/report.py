@@ -31,7 +31,7 @@ from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.plan_report.strips import StripsPlan, strips_plan
 from holdfast.trainer.reports import LayoutTable, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
-from holdfast.trainer.step import device_copies, layers_of_config, plan_of, state_format
+from holdfast.trainer.step import device_bytes, layers_of_config, plan_of, state_format
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
@@ -232,7 +232,7 @@ def plan_report(
     if config.elastic.enabled or lost:
         elastic = elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
     parameters = _parameters(plan)
-    state_bytes = len(form.saved) * form.precision.state.bytes
+    state_bytes = form.saved_bytes
     return PlanReport(
         config=config,
         plan=plan,
@@ -242,7 +242,7 @@ def plan_report(
             busiest,
             form,
             exact=exact,
-            copies=device_copies(config),
+            owned_bytes=device_bytes(config),
         ),
         parameters=parameters,
         step_flops=step_flops(plan.layers, config.train.global_batch // config.train.micro_batch),
@@ -302,13 +302,13 @@ def _logits_text(config: RunConfig, head: LayerSpec) -> str:
 
 
 def _fullest_ranks(
-    plan: Plan, busiest: int, form: StateFormat, *, exact: bool, copies: int
+    plan: Plan, busiest: int, form: StateFormat, *, exact: bool, owned_bytes: int
 ) -> tuple[RankMemory, ...]:
     """The memory of the fullest rank of each stage.
 
     Args:
         busiest: the replica with the most micro-batches, considered beside the first and the last.
-        copies: as for `rank_memory`.
+        owned_bytes: as for `rank_memory`.
     """
     mesh = plan.configured_mesh
     return tuple(
@@ -318,7 +318,7 @@ def _fullest_ranks(
                     plan,
                     mesh.rank(shard, d, stage),
                     precision=form.precision,
-                    copies=copies,
+                    owned_bytes=owned_bytes,
                     exact=exact,
                 )
                 for shard in range(mesh.shards)

@@ -60,7 +60,7 @@ def take_first_weights(root: Path, config: RunConfig, say: Callable[[str], None]
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
     """Whether a checkpoint holds optimizer state; one converted from weights alone does not.
 
-    Nor does one of another optimizer.
+    Nor does one of another optimizer, or with moments of another precision.
     """
     saved = manifest.config.get("optimizer", {}).get("name", form.rule.name)
     if saved != form.rule.name:
@@ -68,7 +68,10 @@ def has_state(manifest: Manifest, form: StateFormat) -> bool:
     kinds = {kind.name for kind in form.rule.kinds}
     if not kinds:
         return not is_converted(manifest)
-    return any(entry.kind in kinds for entry in manifest.tensors.values())
+    return any(
+        entry.kind in kinds and entry.dtype == form.precision_of(entry.kind).stored
+        for entry in manifest.tensors.values()
+    )
 
 
 def is_converted(manifest: Manifest) -> bool:

@@ -267,7 +267,11 @@ def _rank_bytes(config: RunConfig) -> int:
     total = 0
     for stage in range(mesh.pipeline):
         memory = rank_memory(
-            plan, mesh.rank(0, 0, stage), precision=form.precision, copies=form.copies, exact=exact
+            plan,
+            mesh.rank(0, 0, stage),
+            precision=form.precision,
+            owned_bytes=form.owned_bytes,
+            exact=exact,
         )
         total += memory.total - memory.activations * away
     return total // mesh.pipeline

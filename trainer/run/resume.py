@@ -40,6 +40,8 @@ from holdfast.trainer.run.initial_weights import (
 from holdfast.trainer.run.memory_copies import memory_root
 from holdfast.trainer.step import rate_of, state_format
 
+OF_THE_STATE = ("optimizer.name", "optimizer.moments_dtype")
+"""The keys that say what the optimizer's state is."""
 MUST_MATCH = (
     "model.",
     "data.",
@@ -48,7 +50,7 @@ MUST_MATCH = (
     "train.micro_batch",
     "train.seed",
     "train.precision",
-    "optimizer.name",
+    *OF_THE_STATE,
 )
 """The keys that must not change, because the run would be another run."""
 _MAY_DIFFER = ("data.validation", "model.from_hf")
@@ -194,8 +196,8 @@ def check_same_run(
     if any(key.startswith("model.") for key in changed):
         check_tensors(manifest, config, where)
     notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
-    if "optimizer.name" in changed:
-        notes.append("starts from the checkpoint's weights: step 0, another optimizer's state")
+    if not changed.keys().isdisjoint(OF_THE_STATE):
+        notes.append("starts from the checkpoint's weights, at step 0: other optimizer state")
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
         if key in changed:
             continue

@@ -31,7 +31,7 @@ from .partial_sums import (
 )
 from .planning import (
     context_exchange as context_exchange,
-    device_copies as device_copies,
+    device_bytes as device_bytes,
     layers_of_config as layers_of_config,
     plan_of as plan_of,
     room_of as room_of,

@@ -106,13 +106,14 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
     return plan.evolved(stretches=parallel.stretches)
 
 
-def device_copies(config: RunConfig) -> int:
-    """The values that the optimizer keeps per owned parameter in a device's memory. Pure.
+def device_bytes(config: RunConfig) -> int:
+    """What the optimizer keeps per owned parameter in a device's memory. Pure.
 
     On a GPU's host lies what a CPU has in the same memory.
     """
     form = state_format(config)
-    return 1 if form.on_host and config.train.device != "cpu" else form.copies
+    on_host = form.on_host and config.train.device != "cpu"
+    return form.precision.state.bytes if on_host else form.owned_bytes
 
 
 def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] | None:
@@ -127,14 +128,14 @@ def room_of(config: RunConfig, rank_bytes: int) -> Callable[[Plan, int], bool] |
     if not most:
         return None
     form, on_cpu = state_format(config), config.train.device == "cpu"
-    followed_bytes = form.precision.state.bytes * (len(form.held) + 1)
+    followed_bytes = form.precision.state.bytes + form.held_bytes
 
     def has_room(plan: Plan, rank: int) -> bool:
         memory = rank_memory(
             plan,
             rank,
             precision=form.precision,
-            copies=device_copies(config),
+            owned_bytes=device_bytes(config),
             exact=config.numerics.reduction == "exact",
         )
         needed = memory.total

@@ -27,7 +27,8 @@ def state_format(config: RunConfig) -> StateFormat:
     """The optimizer state that a run keeps. Pure."""
     optimizer = config.optimizer
     precision = PRECISIONS[config.train.precision]
-    return StateFormat(OPTIMIZERS[optimizer.name], precision, optimizer.state == "host")
+    moments = None if optimizer.moments_dtype == "auto" else PRECISIONS[optimizer.moments_dtype]
+    return StateFormat(OPTIMIZERS[optimizer.name], precision, optimizer.state == "host", moments)
 
 
 def saved_tensors(
@@ -69,7 +70,12 @@ def saved_tensors(
     ]
     state = [
         SavedTensor(
-            full_name(kind, name), kind, form.precision.state.stored, shape, kept[name], whole=False
+            full_name(kind, name),
+            kind,
+            form.precision_of(kind).stored,
+            shape,
+            kept[name],
+            whole=False,
         )
         for name, shape in shapes.items()
         for kind in form.saved

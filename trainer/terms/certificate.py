@@ -19,12 +19,12 @@ from torch import Tensor
 
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 from holdfast.parallel.layout import slices_of
-from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, BlockUpdate
+from holdfast.parallel.optimizer import MASTER, BlockUpdate, ParameterGroups
 from holdfast.parallel.pipeline import Batch, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import build_whole_model, family_of
-from holdfast.trainer.step import compile_model
+from holdfast.trainer.step import compile_model, state_format
 
 _SEED = 20_260_101
 _MOST = 512
@@ -129,17 +129,16 @@ def _of_regions(config: RunConfig, device: torch.device) -> dict[str, str]:
 
 def _updated(config: RunConfig, device: torch.device) -> list[Tensor]:
     """A block after an update of the run's optimizer, with its state."""
-    rule = OPTIMIZERS[config.optimizer.name]
-    dtype = PRECISIONS[config.train.precision].state.dtype
+    form = state_format(config)
+    groups = ParameterGroups.of(form.rule, config.optimizer)
     held = [
-        _drawn(name, (1, _BLOCK), device).to(dtype).flatten().abs()
-        for name in (MASTER, "gradient", *(kind.name for kind in rule.kinds))
+        _drawn(name, (1, _BLOCK), device).to(form.precision_of(of).dtype).flatten().abs()
+        for name, of in [(MASTER, MASTER), ("gradient", MASTER), *((k, k) for k in form.held[1:])]
     ]
     master, gradient, *state = held
-    block = BlockUpdate(master, gradient, tuple(state), decays=True)
-    number = torch.tensor(2.0, device=device)
-    settings = rule.settings(config.optimizer)
-    rule.update_blocks([block], number, config.optimizer.lr, settings)
+    rest = len(groups.groups) - 1
+    block = BlockUpdate(master, gradient, tuple(state), decays=True, group=rest)
+    groups.update([block], torch.tensor(2.0, device=device), config.optimizer.lr)
     return [master, *state]
 
 

@@ -6,7 +6,7 @@ Pure; importing it needs no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -78,14 +78,25 @@ class ParameterGroups(Generic[S]):
     def update(self, updates: Sequence[BlockUpdate], step: Tensor, lr: float) -> None:
         """Update blocks in place, each as its group has it. Local; exact-mode safe.
 
+        State of fewer bits is rounded once, to the nearest, ties to even.
+
         Args:
             step: the number of this update, as for `OptimizerRule.update_blocks`.
             lr: the learning rate of the step, without the groups' factors.
         """
         for number, group in enumerate(self.groups):
             chosen = [update for update in updates if update.group == number]
-            if chosen:
-                self.rule.update_blocks(chosen, step, lr * group.rate_factor, group.settings)
+            rate = lr * group.rate_factor
+            if chosen and all(values.dtype == u.master.dtype for u in chosen for values in u.state):
+                self.rule.update_blocks(chosen, step, rate, group.settings)
+                continue
+            for rounded in chosen:
+                # As many bits as master values have while it is computed; one block at a time.
+                state = tuple(values.to(rounded.master.dtype) for values in rounded.state)
+                full = replace(rounded, state=state)
+                self.rule.update_blocks([full], step, rate, group.settings)
+                for kept, values in zip(rounded.state, state, strict=True):
+                    kept.copy_(values)
 
 
 def matched_by_none(patterns: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ They are the parameters themselves, or a copy if the parameters have fewer bits.
 
 @dataclass(frozen=True, slots=True)
 class StateKind:
-    """A tensor that the optimizer keeps for each parameter, of its shape, in the state's precision.
+    """A tensor that the optimizer keeps for each parameter, of its shape.
 
     Shadows keep every kind: they apply each update, as owners do.
     """
@@ -111,6 +111,8 @@ class StateFormat:
     """The precision of training."""
     on_host: bool = False
     """Whether the owned state lies in host memory, and is updated there."""
+    moments: Precision | None = None
+    """The precision of the rule's kinds; None: that of the state."""
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -122,12 +124,27 @@ class StateFormat:
         """The kinds in a checkpoint beside the weights; master values only if these differ."""
         return self.held if self.precision.has_master else self.held[1:]
 
+    def precision_of(self, kind: str) -> Precision:
+        """The precision of a kind's values."""
+        full = self.precision.state
+        return full if kind == MASTER else self.moments or full
+
     @property
-    def copies(self) -> int:
-        """The number of values kept per owned parameter: the reduced gradient and `saved`."""
-        return 1 + len(self.saved)
+    def held_bytes(self) -> int:
+        """The bytes of a held block's values, per element of it."""
+        return sum(self.precision_of(kind).bytes for kind in self.held)
+
+    @property
+    def saved_bytes(self) -> int:
+        """The bytes per parameter in a checkpoint beside the weights."""
+        return sum(self.precision_of(kind).bytes for kind in self.saved)
+
+    @property
+    def owned_bytes(self) -> int:
+        """The bytes kept per owned parameter: the reduced gradient and `saved`."""
+        return self.precision.state.bytes + self.saved_bytes
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all kinds."""
+        """The dtype of master values and reduced gradients."""
         return self.precision.state.dtype

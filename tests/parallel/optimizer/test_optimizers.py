@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -12,9 +13,13 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from holdfast.checkpoint.stores.registry import read_manifest
+from holdfast.parallel.comm import STATE_TRANSFER
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.optimizer.rules.registry import OPTIMIZERS
-from holdfast.parallel.optimizer.rules.rule import BlockUpdate
+from holdfast.parallel.optimizer.rules.rule import BlockUpdate, StateFormat
+from holdfast.parallel.optimizer.transfer_messages import BlockMessages, carried_bytes
+from holdfast.parallel.plan import BlockTransfer
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig, load_config
 from support.foreign.conversions import assert_equal, converted, tensors_of
 from support.oracles.plain_llama import PlainLlama
@@ -97,7 +102,8 @@ def test_updates_do_not_depend_on_the_cut_of_blocks(
 
 
 def of(name: str, **sections: Any) -> RunConfig:
-    return twenty_steps(optimizer={"name": name, "lr": 1e-3}, **sections)
+    own = {"name": name, "lr": 1e-3, **sections.pop("optimizer", {})}
+    return twenty_steps(optimizer=own, **sections)
 
 
 @pytest.mark.mp
@@ -107,6 +113,77 @@ def test_bits_are_equal_in_another_layout_and_on_shadows(cluster: Cluster, name:
     plain = msgspec.to_builtins(of(name, parallel={"data": 2}))
     for found in cluster.run("support.runs.small_runs:train_with_shadows", 2, config=plain):
         assert found == (alone["losses"], alone["digest"], True, 0)
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """torch's, whose moments are rounded to bf16 after each step."""
+
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        for state in self.state.values():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind] = state[kind].to(torch.bfloat16).to(state[kind].dtype)
+
+
+def test_moments_in_bf16_are_rounded_after_each_step() -> None:
+    # A moment near the middle of two values of bf16 is rounded as the last bits of fp64 say.
+    assert_equal_steps(
+        of("adamw", optimizer={"moments_dtype": "bf16"}),
+        lambda plain: [RoundedAdamW(matrices_decay(plain, 0.1), betas=(0.9, 0.95), eps=1e-8)],
+        rel=1e-4,
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_moments_in_bf16_are_saved_shadowed_and_equal_in_every_layout(
+    cluster: Cluster, name: str, tmp_path: Path
+) -> None:
+    rounded: dict[str, Any] = {"optimizer": {"moments_dtype": "bf16"}}
+    config = of(name, **rounded)
+    alone = run_here(config)
+    assert alone != run_here(of(name))
+    plain = msgspec.to_builtins(of(name, **rounded, parallel={"data": 2}))
+    for found in cluster.run("support.runs.small_runs:train_with_shadows", 2, config=plain):
+        assert found == (alone["losses"], alone["digest"], True, 0)
+    train_here(steps(config, 4), tmp_path / "whole")
+    train_here(steps(config, 4, 2), tmp_path / "halves")
+    train_here(steps(config, 4), tmp_path / "halves")
+    whole, halves = (
+        [line["loss_hex"] for line in metrics_of(tmp_path / run)] for run in ("whole", "halves")
+    )
+    assert whole == halves == alone["losses"][:4]
+    source = tmp_path / "whole/checkpoints/step-00000004"
+    dtypes = {(e.kind == "weight", e.dtype) for e in read_manifest(source).tensors.values()}
+    assert dtypes == {(True, "F64"), (False, "BF16")}
+    for form in ("dcp", "megatron", "megatron-legacy", "deepspeed-universal"):
+        converted(source, tmp_path / form, form)
+        converted(tmp_path / form, tmp_path / f"{form} back", "holdfast")
+        found = tensors_of(tmp_path / f"{form} back")
+        for key, value in tensors_of(source).items():  # some have all states in 32 bits
+            assert torch.equal(found[key].to(value.dtype), value), (form, key)
+    with pytest.raises(ConfigError, match=r"--allow-change optimizer\.moments_dtype"):
+        train_here(steps(of(name), 4), tmp_path / "full", resume=str(source))
+
+
+@pytest.mark.parametrize("sizes", [(3,), (4, 1, 7)])
+def test_state_of_several_precisions_travels_in_one_message(sizes: tuple[int, ...]) -> None:
+    form = StateFormat(OPTIMIZERS["lion"], PRECISIONS["fp32"], moments=PRECISIONS["bf16"])
+    keys = tuple((0, number) for number in range(len(sizes)))
+    states = {
+        key: {kind: torch.randn(size).to(form.precision_of(kind).dtype) for kind in form.held}
+        for key, size in zip(keys, sizes, strict=True)
+    }
+    ours = BlockTransfer(0, 0, keys, sizes)
+    assert carried_bytes([ours], form) == sum(sizes) * 6
+    sent: dict[int, Tensor] = {}
+    comm = mock.Mock()
+    comm.send = lambda values, peer, tag: sent.update({tag: values})
+    messages = BlockMessages(comm, form, STATE_TRANSFER)
+    messages.send(0, ours, states.__getitem__)
+    checksum, content = sent.values()
+    for key, found in messages.unpacked(ours, content, checksum):
+        assert_equal(dict(found), states[key])
 
 
 def steps(config: RunConfig, count: int, stop_after: int = 0) -> RunConfig:
@@ -158,6 +235,10 @@ def test_another_optimizer_starts_from_the_weights_alone(tmp_path: Path) -> None
         (
             ["optimizer.name=sgd", 'optimizer.groups=[{match = "*", betas = [0.9, 0.9]}]'],
             "optimizer.groups[0].betas: 'sgd' does not use it",
+        ),
+        (
+            ["optimizer.moments_dtype=bf16", "optimizer.betas=[0.9, 0.999]"],
+            "optimizer.betas = [0.9, 0.999] with optimizer.moments_dtype = 'bf16': a moment",
         ),
         (["optimizer.name=lyon"], "did you mean 'lion'?"),
     ],

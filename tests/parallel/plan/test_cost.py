@@ -68,7 +68,9 @@ def test_memory_is_bytes_per_element_of_what_a_rank_holds_and_owns(
     kept = PRECISIONS[precision]
     plan = plan_of(data=2, pipeline=2, micro_batches=8)
     ranks = [
-        rank_memory(plan, r, precision=kept, copies=StateFormat(ADAMW, kept).copies, exact=exact)
+        rank_memory(
+            plan, r, precision=kept, owned_bytes=StateFormat(ADAMW, kept).owned_bytes, exact=exact
+        )
         for r in range(4)
     ]
     for memory in ranks:
@@ -81,7 +83,7 @@ def test_memory_is_bytes_per_element_of_what_a_rank_holds_and_owns(
 def test_activations_are_those_in_flight_at_once(schedule: str, first: int, last: int) -> None:
     plan = plan_of(data=1, pipeline=4, micro_batches=8, schedule=schedule)
     peaks = [
-        rank_memory(plan, r, precision=PRECISIONS["fp32"], copies=3, exact=True).activations
+        rank_memory(plan, r, precision=PRECISIONS["fp32"], owned_bytes=12, exact=True).activations
         for r in range(4)
     ]
     # The outer stages have two layers of 100 bytes each, with the embedding and with the head.

@@ -193,7 +193,7 @@ def test_ranks_whose_memory_does_not_suffice_are_spares() -> None:
     plan = plan_with(4, data=2)
 
     def bytes_of(of: Plan, rank: int) -> int:
-        return rank_memory(of, rank, precision=PRECISIONS["fp32"], copies=3, exact=True).total
+        return rank_memory(of, rank, precision=PRECISIONS["fp32"], owned_bytes=12, exact=True).total
 
     free = without(plan, 1)
     most = bytes_of(free, 0)

@@ -182,6 +182,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     with training.busy("report"):
         if outcome.has_numbers:
             reporter.step(step, outcome, lr, timer.spans, times, evaluated)
+        checkpoints.evaluated(step + 1, evaluated)
         if checkpoints.after_step(step + 1, outcome):
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())

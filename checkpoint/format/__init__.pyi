@@ -44,11 +44,13 @@ from .manifest import (
     header_of as header_of,
 )
 from .names import (
+    BEST as BEST,
     LATEST as LATEST,
     OWNER as OWNER,
     PARTIAL as PARTIAL,
     STATE as STATE,
     STATE_VERSION as STATE_VERSION,
+    VALIDATION as VALIDATION,
     attempt_of as attempt_of,
     expanded as expanded,
     local_path as local_path,

@@ -34,7 +34,13 @@ from holdfast.checkpoint.saving.column_join import join_pieces
 from holdfast.checkpoint.saving.coordination import Coordination, Members
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
-from holdfast.checkpoint.stores import LocalStore, commit, open_written
+from holdfast.checkpoint.stores import (
+    LocalStore,
+    Retention,
+    apply_retention,
+    commit,
+    open_written,
+)
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError, in_a_line, size_text
 from holdfast.parallel.reading import Count
@@ -203,9 +209,7 @@ class Save:
         job = self.job
         if job.tier == "disk":
             hurry.wait(READERS_S)
-        # The next save removes what could not be removed now.
-        with contextlib.suppress(OSError):
-            self._store.retain(job.retention.keep, {self.name, *job.retention.protected()})
+        apply_retention(self._store, self.name, job.retention)
 
     def _times(self) -> dict[int, Mapping[str, float]]:
         """The times of all ranks, or of this one alone, by their numbers in the run."""
@@ -359,6 +363,7 @@ class Save:
             self.name,
             encode_manifest(manifest),
             files=small,
+            retention=Retention(best=job.retention.best),
             claim=self._claim,
         )
         return _End(str(self._store.path(self.name)), times, perf_counter() - began, note)

@@ -9,9 +9,12 @@ from .local import (
     LocalStore as LocalStore,
 )
 from .protocol import (
+    Best as Best,
     CheckpointStore as CheckpointStore,
     Retention as Retention,
     StoredCheckpoint as StoredCheckpoint,
+    apply_retention as apply_retention,
+    best_names as best_names,
     commit as commit,
     has_content as has_content,
     newest as newest,

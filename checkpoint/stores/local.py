@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.checkpoint.format import (
+    BEST,
     LATEST,
     MANIFEST,
     MANIFEST_END_BYTES,
@@ -29,8 +30,8 @@ from holdfast.parallel.errors import CheckpointError, Unreadable
 from holdfast.parallel.files import open_added, try_lock
 from holdfast.parallel.reading import open_descriptor, open_regular, read_regular, read_whole
 
-_FRESH = f".{LATEST}."
-"""The beginning of the name of `latest` until it is whole."""
+_FRESH = (f".{LATEST}.", f".{BEST}.")
+"""The beginnings of the names of `latest` and `best` until they are whole."""
 _MOST_LATEST_BYTES, _MOST_OWNER_BYTES = 4096, 1 << 16
 
 
@@ -79,7 +80,13 @@ class LocalStore:
         return (self.path(name) / MANIFEST).is_file()
 
     def latest(self) -> str:
-        path = self.root / LATEST
+        return self._pointed(LATEST, "the newest checkpoint")
+
+    def best(self) -> str:
+        return self._pointed(BEST, "the best checkpoint")
+
+    def _pointed(self, file: str, what: str) -> str:
+        path = self.root / file
         try:
             return read_regular(path, _MOST_LATEST_BYTES).decode(errors="replace").strip()
         except (FileNotFoundError, NotADirectoryError):
@@ -87,7 +94,7 @@ class LocalStore:
         except OSError as error:
             cure = "make it readable" if error.errno == errno.EACCES else "it may be removed"
             raise Unreadable(
-                f"{path} cannot be read: {error.strerror}; it names the newest checkpoint; {cure}"
+                f"{path} cannot be read: {error.strerror}; it names {what}; {cure}"
             ) from error
 
     def manifest(self, name: str) -> Manifest:
@@ -165,6 +172,9 @@ class LocalStore:
 
     def point_latest(self, name: str) -> None:
         self._replace(LATEST, f"{name}\n".encode())
+
+    def point_best(self, name: str) -> None:
+        self._replace(BEST, f"{name}\n".encode())
 
     def owner(self) -> bytes:
         path = self.root / OWNER

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from holdfast.checkpoint.format import Manifest, decode_manifest, same_content
+from holdfast.checkpoint.format import VALIDATION, Manifest, decode_manifest, same_content
 from holdfast.checkpoint.loading import ByteReader
 from holdfast.parallel.errors import CheckpointError
 
@@ -93,6 +95,14 @@ class CheckpointStore(Protocol):
         """Make `latest` name a committed checkpoint, at one instant."""
         ...
 
+    def best(self) -> str:
+        """The content of the file `best`; empty without one."""
+        ...
+
+    def point_best(self, name: str) -> None:
+        """Make `best` name a committed checkpoint, at one instant."""
+        ...
+
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
         """Remove the checkpoints that `superfluous` names. Returns their names.
 
@@ -111,6 +121,16 @@ class CheckpointStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The checkpoints that stay because their losses are the lowest."""
+
+    keep: int
+    """The number of them, at least 1."""
+    name: str
+    """The validation set whose losses count."""
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
     """The checkpoints that stay in a store."""
 
@@ -118,6 +138,8 @@ class Retention:
     """The number of newest checkpoints that stay; 0: all."""
     protected: Callable[[], Collection[str]] = field(default=lambda: ())
     """The names of other checkpoints that must stay for now."""
+    best: Best | None = None
+    """Which stay beside these for their losses; None: none."""
 
 
 def commit(
@@ -161,10 +183,36 @@ def commit(
             logger.warning("%s", note)
     claim()
     store.point_latest(name)
-    # The checkpoint stands; the next commit removes what could not be removed now.
-    with contextlib.suppress(OSError):
-        store.retain(retention.keep, {name, *retention.protected()})
+    apply_retention(store, name, retention)
     return note
+
+
+def apply_retention(store: CheckpointStore, name: str, retention: Retention) -> None:
+    """Name the best checkpoint, and remove those that may go now that `name` is there.
+
+    The next commit does what cannot be done now, because a disk refuses it.
+    """
+    with contextlib.suppress(OSError):
+        best = [] if retention.best is None else best_names(store, retention.best)
+        if best:
+            store.point_best(best[0])
+        store.retain(retention.keep, {name, *best, *retention.protected()})
+
+
+def best_names(store: CheckpointStore, best: Best) -> list[str]:
+    """The checkpoints with the lowest losses that are whole, best first.
+
+    Each says its own losses in its manifest, so nothing else is remembered. Of two equal ones the
+    older is better.
+    """
+    known: list[tuple[float, int, str]] = []
+    for name, manifest in readable(store):
+        losses = manifest.scalars.get(VALIDATION)
+        loss = losses.get(best.name) if isinstance(losses, Mapping) else None
+        if isinstance(loss, float) and math.isfinite(loss):
+            known.append((loss, manifest.step, name))
+    whole = (name for *_, name in sorted(known) if is_whole(store, name))
+    return list(itertools.islice(whole, best.keep))
 
 
 def has_content(store: CheckpointStore, name: str, manifest: bytes) -> bool:

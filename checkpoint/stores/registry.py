@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from holdfast.checkpoint.format import LATEST, Manifest, place_fault, scheme_of
+from holdfast.checkpoint.format import BEST, LATEST, Manifest, place_fault, scheme_of
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.stores.protocol import CheckpointStore, StoredCheckpoint, newest
 from holdfast.checkpoint.stores.remote import FsspecStore
@@ -48,14 +48,15 @@ def read_manifest(place: PathOrUrl) -> Manifest:
 
 
 def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
-    """The checkpoint at a path or URL: the folder itself, its `latest`, or the newest of a run.
+    """The checkpoint at a path or URL: the folder itself, its `latest` or `best`, or the newest.
 
     Raises:
         CheckpointError: there is no checkpoint.
     """
     text = os.fspath(place)
     found = checkpoint_at(text)
-    if found.name == LATEST and (pointed := found.store.latest()):
+    pointers = {LATEST: found.store.latest, BEST: found.store.best}
+    if found.name in pointers and (pointed := pointers[found.name]()):
         found = StoredCheckpoint(found.store, pointed)
     if found.name and found.store.has(found.name):
         return found

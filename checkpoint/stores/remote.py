@@ -10,7 +10,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdfast.checkpoint.format import LATEST, MANIFEST, OWNER, Manifest, decode_manifest, step_of
+from holdfast.checkpoint.format import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    OWNER,
+    Manifest,
+    decode_manifest,
+    step_of,
+)
 from holdfast.checkpoint.loading import RemoteReader
 from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import ConfigError, Unreadable, in_a_line
@@ -63,6 +71,9 @@ class FsspecStore:
 
     def latest(self) -> str:
         return self._content(LATEST).decode().strip()
+
+    def best(self) -> str:
+        return self._content(BEST).decode().strip()
 
     def manifest(self, name: str) -> Manifest:
         reader = self.reader(name)
@@ -129,6 +140,9 @@ class FsspecStore:
 
     def point_latest(self, name: str) -> None:
         self._filesystem.pipe_file(self._object(LATEST), f"{name}\n".encode())
+
+    def point_best(self, name: str) -> None:
+        self._filesystem.pipe_file(self._object(BEST), f"{name}\n".encode())
 
     def owner(self) -> bytes:
         return self._content(OWNER)

@@ -8,7 +8,7 @@ import torch
 
 from holdfast.checkpoint.format import name_of, step_of
 from holdfast.checkpoint.saving import Members
-from holdfast.checkpoint.stores import CheckpointStore, LocalStore
+from holdfast.checkpoint.stores import Best, CheckpointStore, LocalStore
 from holdfast.checkpoint.tiers.uploader import Uploader, UploadResult
 from holdfast.parallel.comm import Communicator
 
@@ -29,15 +29,17 @@ class RemoteTier:
         *,
         every: int,
         keep: int,
+        best: Best | None = None,
     ) -> None:
         """Nothing is opened before the first upload.
 
         Args:
             every: upload one of this many commits, the first included.
             keep: the number of newest checkpoints that stay in `target`; 0: all.
+            best: which stay there beside these for their losses.
         """
         self._source, self._target, self._members = source, target, members
-        self._every, self._keep = every, keep
+        self._every, self._keep, self._best = every, keep, best
         self._commits = 0
         self._sent: set[tuple[str, str]] = set()
         """(id of a checkpoint, file) that this rank has sent."""
@@ -65,7 +67,9 @@ class RemoteTier:
             self._carried.append(name)
             return
         if self._uploader is None:
-            self._uploader = Uploader(self._target, self._members, keep=self._keep, sent=self._sent)
+            self._uploader = Uploader(
+                self._target, self._members, keep=self._keep, best=self._best, sent=self._sent
+            )
         self._uploader.start(self._source.path(name))
 
     def upload_missing(self, name: str, control: Communicator) -> None:

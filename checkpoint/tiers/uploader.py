@@ -19,6 +19,7 @@ from typing import TypedDict
 from holdfast.checkpoint.format import MANIFEST, step_of
 from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, Members
 from holdfast.checkpoint.stores import (
+    Best,
     CheckpointStore,
     Retention,
     commit,
@@ -63,6 +64,7 @@ class Uploader:
         members: Members,
         *,
         keep: int = 0,
+        best: Best | None = None,
         timeout_s: float = 3600.0,
         sent: set[tuple[str, str]] | None = None,
     ) -> None:
@@ -71,13 +73,14 @@ class Uploader:
         Args:
             target: the store; it keeps the files of an upload that earlier ranks had begun.
             keep: the number of newest checkpoints that stay there; 0: all.
+            best: which stay beside these for their losses.
             timeout_s: the time after which an upload is given up.
             sent: (id of a checkpoint, file) pairs that this rank has sent before and need not send
                 again; the uploader adds to it.
         """
         self._target = target
         self._members = members.with_own_connection()
-        self._keep, self._timeout_s = keep, timeout_s
+        self._retention, self._timeout_s = Retention(keep, best=best), timeout_s
         self._sent = set() if sent is None else sent
         self._deadline = Deadline(timeout_s)
         """The deadline of the upload under way."""
@@ -216,7 +219,7 @@ class Uploader:
                 raise Cancelled
 
         def attempt() -> None:
-            commit(self._target, name, manifest, retention=Retention(self._keep), claim=claim)
+            commit(self._target, name, manifest, retention=self._retention, claim=claim)
 
         retry(attempt, self._target.place_of(name), deadline)
 

@@ -124,7 +124,8 @@ def train(
         typer.Option(help="The run's folder; by default runs/NAME-N.", metavar="RUN"),
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto, none, or the path of a checkpoint.", metavar="CHECKPOINT")
+        str,
+        typer.Option(help="auto, best, none, or the path of a checkpoint.", metavar="CHECKPOINT"),
     ] = "auto",
     allow_change: AllowChange = [],  # noqa: B006
     prove: Annotated[

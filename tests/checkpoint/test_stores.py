@@ -319,6 +319,12 @@ class DictStore:
     def point_latest(self, name: str) -> None:
         self._objects["latest"] = {"": name.encode()}
 
+    def best(self) -> str:
+        return self._objects.get("best", {}).get("", b"").decode()
+
+    def point_best(self, name: str) -> None:
+        self._objects["best"] = {"": name.encode()}
+
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
         removed = [n for n in self.names()[:-keep] if n not in protected] if keep else []
         for name in removed:

@@ -9,6 +9,7 @@ from .data_section import (
     DataConfig as DataConfig,
     check_data_config as check_data_config,
     validation_data as validation_data,
+    validation_names as validation_names,
 )
 from .flat import (
     flat_keys as flat_keys,

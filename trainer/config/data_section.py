@@ -129,6 +129,12 @@ def check_data_config(data: DataConfig) -> None:
     _check_validation(data)
 
 
+def validation_names(data: DataConfig) -> tuple[str, ...]:
+    """The names of all that a run can evaluate on, in order. Pure."""
+    held_out = (HELD_OUT,) if data.eval_fraction > 0 else ()
+    return (*held_out, *(own.name for own in data.validation))
+
+
 def validation_data(data: DataConfig, own: ValidationConfig) -> DataConfig:
     """The `[data]` section of a validation set, whose text is read and cut as the run's is. Pure.
 

@@ -105,6 +105,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "every": _STEPS,
         "every_seconds": Range(0, 366 * _DAY_S),
         "keep": Range(0, 2**31),
+        "keep_best": Range(0, 2**31),
         "memory_every": _STEPS,
         "memory_keep": Range(1, 2**31),
         "remote_every": Range(1, _COUNT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from math import lcm
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, shown
@@ -12,7 +13,7 @@ from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import SCHEDULES, check_stretches, placement
 from holdfast.trainer.config.choices import choice_problem, registries
-from holdfast.trainer.config.data_section import check_data_config
+from holdfast.trainer.config.data_section import check_data_config, validation_names
 from holdfast.trainer.config.extent import extent_problems, parameter_names
 from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.optimizer_section import (
@@ -50,6 +51,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _model,
         _optimizer,
         _data,
+        _best,
         _batch,
         _tensor,
         _tensor_shards,
@@ -94,6 +96,12 @@ def config_notes(config: RunConfig) -> Iterator[str]:
     if config.data.validation and not config.train.eval_every:
         yield (
             "note: data.validation names sets, and train.eval_every = 0: the run evaluates on none"
+        )
+    saved, evaluated = config.checkpoint.every, config.train.eval_every
+    if config.checkpoint.keep_best and saved and evaluated and saved % evaluated:
+        yield (
+            f"note: checkpoint.every = {saved} is no multiple of train.eval_every = {evaluated}: "
+            f"only every {lcm(saved, evaluated)} steps a checkpoint has a loss for keep_best"
         )
 
 
@@ -140,6 +148,23 @@ def _data(config: RunConfig) -> Iterator[str]:
             "train.eval_every needs held-out data; set data.eval_fraction above 0, or name sets in "
             "[[data.validation]]"
         )
+
+
+def _best(config: RunConfig) -> Iterator[str]:
+    section, names = config.checkpoint, validation_names(config.data)
+    if not section.keep_best:
+        if section.best_by:
+            yield (
+                f"checkpoint.best_by = {shown(section.best_by)} with keep_best = 0, which keeps "
+                "none for its loss; set keep_best, or leave it out"
+            )
+    elif not config.train.eval_every:
+        yield (
+            f"checkpoint.keep_best = {section.keep_best} needs losses of validation sets; set "
+            "train.eval_every"
+        )
+    elif section.best_by and section.best_by not in names:
+        yield choice_problem("checkpoint.best_by", section.best_by, names)
 
 
 def _exchange(config: RunConfig) -> Iterator[str]:

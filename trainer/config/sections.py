@@ -148,6 +148,11 @@ class CheckpointConfig(Section, frozen=True):
     """Seconds without a checkpoint after which one is made; 0: by steps alone."""
     keep: int = 3
     """The number of checkpoints that stay; 0: all."""
+    keep_best: int = 0
+    """The number of checkpoints that stay beside these, because their losses are the lowest."""
+    best_by: str = ""
+    """The validation set whose losses count for that; empty: the first, which is what is held
+    out."""
     path: str = ""
     """The folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is a second
     tier."""

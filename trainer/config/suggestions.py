@@ -86,6 +86,7 @@ _NAMES: Mapping[str, str] = {
         "save_interval save_steps save_every interval checkpoint_interval save_freq"
     ),
     "checkpoint.keep": "save_total_limit keep_latest_k max_to_keep",
+    "checkpoint.keep_best": "save_top_k load_best_model_at_end",
     "checkpoint.path": "save_dir checkpoint_dir folder",
     "holdfast train --out RUN": "output_dir out_dir run_dir",
     "holdfast train --resume PLACE": "resume_from resume_from_checkpoint",

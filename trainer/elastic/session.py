@@ -160,11 +160,12 @@ class ElasticSession:
     def evaluate_interrupted_step(self, change: CompletedChange) -> dict[str, float]:
         """The losses of validation sets after the step before a change, if that is due.
 
-        The evaluation may be what the change interrupted. Collective over all ranks.
+        The evaluation may be what the change interrupted, and a newcomer that is to write the
+        records has not taken part in it. Collective over all ranks.
         """
         within = any(member.phase == WITHIN_STEP for member in change.after.members)
-        known = within and _interrupted_step(change) is not None
-        if known and evaluates_after(self._config, change.recovery.steps):
+        lacking = _interrupted_step(change) is not None and (within or change.recovery.fresh)
+        if lacking and evaluates_after(self._config, change.recovery.steps):
             return self._parts().training.evaluate()
         return {}
 
@@ -184,6 +185,7 @@ class ElasticSession:
             if outcome.has_numbers:
                 lr = rate_of(self._config, steps - 1)
                 parts.reporter.step(steps - 1, outcome, lr, (), None, evaluated)
+            parts.checkpoints.evaluated(steps, evaluated)
             if steps > parts.checkpoints.committed_step:
                 parts.checkpoints.after_step(steps, outcome)
 

@@ -26,6 +26,7 @@ from .resume import (
     CERTIFICATE as CERTIFICATE,
     FINGERPRINT as FINGERPRINT,
     Resume as Resume,
+    best_rule as best_rule,
     check_same_data as check_same_data,
     checkpoint_root as checkpoint_root,
     differing_keys as differing_keys,

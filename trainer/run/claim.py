@@ -54,7 +54,8 @@ def claimed_checkpoints(
     """Hold the places of a run's checkpoints during the block. Yields notes for a person.
 
     Args:
-        resume: "auto", "none" or a path; a checkpoint in a place is leave to take the place over.
+        resume: "auto", "best", "none" or a path; a checkpoint in a place is leave to take the
+            place over.
     Raises:
         ConfigError: a place is another run's, in use, or cannot be written; or a URL cannot be
             reached by a run that begins. One that has checkpoints here goes on, and is told.
@@ -150,7 +151,7 @@ def _taken_over(
     if found is None and resume != "none":
         return ()
     same = found is not None and not _differing(found[1], config)
-    if named or (same and resume == "auto"):
+    if named or (same and resume in ("auto", "best")):
         told = f"checkpoint.path = {place} belonged to the run {owner.path} on {owner.host}"
         return (f"{told}; this run has taken it over, with its checkpoints",)
     raise ConfigError(
@@ -219,7 +220,7 @@ def _refuse_other_runs_folder(folder: Path, identity: RunIdentity) -> None:
 
 def _lies_in(resume: str, place: str) -> bool:
     """Whether the checkpoint to resume from lies in a place, or is the place."""
-    if resume in ("auto", "none") or bool(scheme_of(resume)) != bool(scheme_of(place)):
+    if resume in ("auto", "best", "none") or bool(scheme_of(resume)) != bool(scheme_of(place)):
         return False
     if scheme_of(place):
         return f"{resume.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")

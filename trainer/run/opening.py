@@ -37,7 +37,7 @@ class RunRequest:
     out: Path | None = None
     """The run's folder; None: one below runs/ is chosen."""
     resume: str = "auto"
-    """"auto", "none" or the path of a checkpoint."""
+    """"auto", "best", "none" or the path of a checkpoint."""
     allow_change: tuple[str, ...] = ()
     """The keys that may differ from the checkpoint's though they must match."""
     world_size: int | None = None

@@ -14,11 +14,20 @@ from typing import Any
 import msgspec
 
 from holdfast.checkpoint.format import Manifest, expanded, scheme_of, step_of
-from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
+from holdfast.checkpoint.stores import (
+    Best,
+    CheckpointStore,
+    LocalStore,
+    best_names,
+    find_checkpoint,
+    open_store,
+    readable,
+)
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.reading import converted
 from holdfast.trainer.config import (
     EVERY_CHANGE,
+    HELD_OUT,
     DataConfig,
     NumericsConfig,
     OptimizerConfig,
@@ -27,6 +36,7 @@ from holdfast.trainer.config import (
     anchored,
     flat_keys,
     refused_changes,
+    validation_names,
 )
 from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models import FAMILIES, family_of
@@ -95,6 +105,33 @@ def checkpoint_root(root: Path, config: RunConfig) -> Path:
     return expanded(path, "checkpoint.path")
 
 
+def best_rule(config: RunConfig) -> Best | None:
+    """Which checkpoints of a run stay for their losses; None: none do. Pure."""
+    section = config.checkpoint
+    if not section.keep_best:
+        return None
+    return Best(section.keep_best, section.best_by or validation_names(config.data)[0])
+
+
+def _best_place(root: Path, config: RunConfig) -> str:
+    """The run's checkpoint with the lowest loss, on the disk or else at its URL.
+
+    Raises:
+        ConfigError: no checkpoint of the run has such a loss.
+    """
+    name = config.checkpoint.best_by or next(iter(validation_names(config.data)), HELD_OUT)
+    stores: list[CheckpointStore] = [LocalStore(checkpoint_root(root, config).absolute())]
+    if config.checkpoint.url:
+        stores.append(open_store(config.checkpoint.url))
+    for store in stores:
+        if found := best_names(store, Best(1, name)):
+            return store.place_of(found[0])
+    raise ConfigError(
+        f"--resume best: no checkpoint of {root} was evaluated on {name!r}, so none is best; a "
+        "checkpoint has losses if its step is one of train.eval_every"
+    )
+
+
 def find_resume(
     root: Path, config: RunConfig, wanted: str, *, allow_change: tuple[str, ...] = ()
 ) -> Resume:
@@ -102,8 +139,9 @@ def find_resume(
 
     Args:
         wanted: "auto" (the newest of this run's own, in memory, on disk or at its URL; before it
-            has one, the weights of `model.from_hf`), "none" (those, or nothing), or a path or URL.
-            A run can begin with converted weights; once it has checkpoints of its own, the same
+            has one, the weights of `model.from_hf`), "best" (the one of its own with the lowest
+            loss, on disk or at its URL), "none" (those weights, or nothing), or a path or URL. A
+            run can begin with converted weights; once it has checkpoints of its own, the same
             command resumes from these.
         allow_change: the result of `allowed_changes`.
     Raises:
@@ -112,6 +150,8 @@ def find_resume(
     """
     if wanted == "none":
         return _beginning(root, config, allow_change)
+    if wanted == "best":
+        wanted = _best_place(root, config)
     if wanted != "auto":
         try:
             found = find_checkpoint(wanted)

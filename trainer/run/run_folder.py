@@ -68,8 +68,8 @@ def choose_root(
             with lock_folder(newest.root, "--out"):
                 if is_unused(newest):
                     return newest.root
-                if resume == "auto":
-                    found = find_resume(newest.root, config, "auto", allow_change=allow_change)
+                if resume in ("auto", "best"):
+                    found = find_resume(newest.root, config, resume, allow_change=allow_change)
                     if found.candidates or lost_of(newest, config, found):
                         return newest.root
         except ConfigError:
@@ -164,7 +164,7 @@ def open_run(
     """Create the run's folder with its resolved configuration. One process calls it, with the lock.
 
     Args:
-        resume: "auto", "none" or the path of a checkpoint.
+        resume: "auto", "best", "none" or the path of a checkpoint.
         allow_change: the keys that may differ from the checkpoint's though they must match.
         notes: what was noted before, for a person.
     Raises:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import msgspec
 import torch
 from torch.distributed import Store
 
 from holdfast.checkpoint import CheckpointManager, ManagerSettings
-from holdfast.checkpoint.format import WritePlan
+from holdfast.checkpoint.format import VALIDATION, WritePlan
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan, numbered
 from holdfast.checkpoint.stores import LocalStore, Retention, open_store
@@ -28,6 +29,7 @@ from holdfast.trainer.run import (
     FINGERPRINT,
     RunDirectory,
     Signals,
+    best_rule,
     checkpoint_root,
     forget_newer,
     memory_root,
@@ -113,9 +115,14 @@ class Checkpoints:
         self._remote: RemoteTier | None = None
         if config.url:
             target, every, keep = open_store(config.url), config.remote_every, config.remote_keep
-            self._remote = RemoteTier(self._disk, target, members, every=every, keep=keep)
+            best = best_rule(training.config)
+            self._remote = RemoteTier(
+                self._disk, target, members, every=every, keep=keep, best=best
+            )
         self._policy = SavePolicy.of(training.config)
         self._progress = SaveProgress(saved_s=clock())
+        self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
+        """A step, and the losses of validation sets after it."""
         self._plan: WritePlan | None = None
         self.loaded: LoadStatistics | None = None
         """The statistics of the load, if the run was resumed."""
@@ -159,6 +166,10 @@ class Checkpoints:
             interrupt=self._signals.interrupt,
             busy=self._manager.busy,
         )
+
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Take the losses of validation sets after `step` steps, which its checkpoint tells."""
+        self._evaluated = (step, losses)
 
     def after_step(self, step: int, outcome: Outcome) -> bool:
         """Begin a save if one is due after `step` steps. Returns whether one was skipped."""
@@ -215,13 +226,19 @@ class Checkpoints:
                 FINGERPRINT: training.data.fingerprint,
                 CERTIFICATE: json.dumps(self._certificate),
                 **recent_to_data(training.progress.recent),
+                **self._losses_of(step),
             },
             config=msgspec.to_builtins(anchored(config)),
             versions=software_versions(),
             extra_files=huggingface_files(config) if self._coordinates else {},
-            retention=Retention(keep, self._uploading),
+            retention=Retention(keep, self._uploading, None if in_memory else best_rule(config)),
             pinned=training.device.type == "cuda",
         )
+
+    def _losses_of(self, step: int) -> dict[str, Any]:
+        """The scalars of a manifest for the losses of validation sets; none without these."""
+        evaluated, losses = self._evaluated
+        return {VALIDATION: dict(losses)} if step == evaluated and losses else {}
 
     def _memory(self) -> LocalStore:
         """The run's copies in shared memory."""

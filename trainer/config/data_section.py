@@ -31,6 +31,18 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tokenizer: str = ""
 
 
+class MixtureStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shares of a mixture from a step on: a `[[data.stages]]` table.
+
+    Attributes:
+        start: the steps that are done before.
+        weights: as `data.weights`; 0: nothing of this path.
+    """
+
+    start: int
+    weights: list[float]
+
+
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The source of the tokens.
 
@@ -44,6 +56,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         end_of_text: the token of `tokenizer` that ends a document; "": one of the known names.
             For text only.
         weights: one per path: the shares of a mixture. Empty: all paths are one corpus.
+        stages: the shares from later steps on.
         packing: the documents in a training sequence. "concatenated": one text without borders;
             "documents": the same tokens, but attention, positions and predictions stay within
             documents; "best-fit": whole documents, packed with the least padding.
@@ -59,6 +72,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     json_key: str = "text"
     end_of_text: str = ""
     weights: list[float] = []
+    stages: list[MixtureStage] = []
     packing: Literal["concatenated", "documents", "best-fit"] = "concatenated"
     packing_buffer: int = 1024
     eval_fraction: float = 0.05
@@ -68,7 +82,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 _TEXT_ONLY = ("tokenizer", "json_key", "end_of_text")
 _IGNORED = {
-    "synthetic": ("path", "weights", *_TEXT_ONLY),
+    "synthetic": ("path", "weights", "stages", *_TEXT_ONLY),
     "text": (),
     "megatron": _TEXT_ONLY,
 }
@@ -115,17 +129,7 @@ def check_data_config(data: DataConfig) -> None:
             'data.path = [] with data.kind = "megatron": name at least one prefix of a '
             ".bin/.idx pair (holdfast data prepare writes them)"
         )
-    if data.weights and len(data.weights) != len(data.path):
-        raise DataError(
-            f"data.weights has {len(data.weights)} values and data.path has {len(data.path)}: "
-            "give one weight per path, or none"
-        )
-    for position, weight in enumerate(data.weights):
-        if not (math.isfinite(weight) and weight > 0):
-            raise DataError(
-                f"data.weights[{position}] = {weight}: every weight is a positive number; "
-                "leave the path out to use none of it"
-            )
+    _check_weights(data)
     _check_validation(data)
 
 
@@ -152,6 +156,42 @@ def validation_data(data: DataConfig, own: ValidationConfig) -> DataConfig:
         packing_buffer=data.packing_buffer,
         eval_fraction=0.0,
     )
+
+
+def _check_weights(data: DataConfig) -> None:
+    if data.stages and not data.weights:
+        raise DataError("data.stages without data.weights: give the weights of the first steps")
+    last, used = 0, set[int]()
+    shares = [("data.weights", data.weights)]
+    for number, stage in enumerate(data.stages):
+        name = f"data.stages[{number}]"
+        if stage.start <= last:
+            raise DataError(
+                f"{name}.start = {stage.start}: must be more than {last}, the start of the one "
+                "before it"
+            )
+        last = stage.start
+        shares.append((f"{name}.weights", stage.weights))
+    for name, weights in shares if data.weights else ():
+        if len(weights) != len(data.path):
+            raise DataError(
+                f"{name} has {len(weights)} values and data.path has {len(data.path)}: give one "
+                "weight per path, or none"
+            )
+        for position, weight in enumerate(weights):
+            if not (math.isfinite(weight) and (weight > 0 or (weight == 0 and data.stages))):
+                raise DataError(
+                    f"{name}[{position}] = {weight}: every weight is a positive number; leave the "
+                    "path out to use none of it, or set 0 where data.stages use it at other steps"
+                )
+        used |= {position for position, weight in enumerate(weights) if weight}
+        if not any(weights):
+            raise DataError(f"{name} = {shown(weights)}: one of them must be above 0")
+    if data.weights and len(used) < len(data.path):
+        position = next(place for place in range(len(data.path)) if place not in used)
+        raise DataError(
+            f"data.path[{position}] has the weight 0 at all steps; leave it out, or use it"
+        )
 
 
 def _check_validation(data: DataConfig) -> None:

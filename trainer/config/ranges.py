@@ -146,6 +146,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
 check_data_config checks, and the own key of an optimizer."""
 
 _TABLES: Mapping[str, Mapping[str, Range]] = {
+    "data.stages": {"start": Range(1, _COUNT)},
     "optimizer.groups": {key: RANGES["optimizer"][key] for key in ("lr", "weight_decay", "eps")},
     "optimizer.lr_stages": {
         "start": Range(1, _COUNT),

@@ -93,6 +93,12 @@ def config_notes(config: RunConfig) -> Iterator[str]:
                 f"note: optimizer.lr_stages[{number}].start = {stage.start} with train.steps = "
                 f"{steps}: the stage is not reached"
             )
+    for number, stage in enumerate(config.data.stages):
+        if stage.start >= steps:
+            yield (
+                f"note: data.stages[{number}].start = {stage.start} with train.steps = {steps}: "
+                "the stage is not reached"
+            )
     if config.data.validation and not config.train.eval_every:
         yield (
             "note: data.validation names sets, and train.eval_every = 0: the run evaluates on none"

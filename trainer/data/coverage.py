@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from holdfast.trainer.data.corpora import (
     list_documents,
     token_count,
 )
+from holdfast.trainer.data.dataset import Dataset
 from holdfast.trainer.data.windows import split_part
 
 _MANY_EPOCHS = 4.0
@@ -34,6 +35,8 @@ class Coverage:
     seq_len: int
     steps: int
     global_batch: int
+    by_path: tuple[tuple[str, float], ...] = ()
+    """With stages of a mixture: how often the run reads what each path names."""
 
     @property
     def epochs(self) -> float | None:
@@ -49,6 +52,9 @@ class Coverage:
             f"{self.source}: {tokens:,} tokens to train on, in {self.sequences:,} sequences; "
             f"{self.steps:,} steps are {self.epochs:.3g} epochs"
         )
+        if self.by_path:
+            own = ", ".join(f"{epochs:.3g} of {path}" for path, epochs in self.by_path)
+            line = f"{line} ({own})"
         if self.global_batch > self.sequences:
             return (
                 f"{line}; one step of {self.global_batch:,} sequences reads the same text more "
@@ -66,17 +72,19 @@ class Coverage:
             "sequences": self.sequences,
             "tokens": tokens,
             "epochs": self.epochs,
+            **({"epochs_by_path": dict(self.by_path)} if self.by_path else {}),
         }
 
 
-def coverage_of(config: RunConfig, sequences: int) -> Coverage:
-    """The data of a run whose training data is open.
-
-    Args:
-        sequences: its number of distinct samples.
-    """
-    known = None if config.data.kind == "synthetic" else sequences
-    return _coverage(config, source_of(config), known)
+def coverage_of(config: RunConfig, training: Dataset) -> Coverage:
+    """The data of a run whose training data is open."""
+    known = None if config.data.kind == "synthetic" else training.size
+    found = _coverage(config, source_of(config), known)
+    if not config.data.stages:
+        return found
+    taken = training.corpora_taken(config.train.steps * config.train.global_batch)
+    epochs = (count / size for size, count in taken)
+    return replace(found, by_path=tuple(zip(config.data.path, epochs, strict=True)))
 
 
 def known_coverage(config: RunConfig) -> Coverage:

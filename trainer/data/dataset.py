@@ -93,6 +93,13 @@ class Dataset(Protocol):
         """
         ...
 
+    def corpora_taken(self, count: int) -> tuple[tuple[int, int], ...]:
+        """The size of each corpus of a mixture, and how many of the first `count` samples it has.
+
+        A single corpus has all of them.
+        """
+        ...
+
     def predicted(self, step: int, *, global_batch: int) -> int:
         """The number of tokens that are predicted in a step, over all its micro-batches."""
         ...

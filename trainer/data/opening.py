@@ -9,7 +9,7 @@ import numpy as np
 from holdfast.trainer.config import DataConfig, check_data_config
 from holdfast.trainer.data.corpora import TokenStream, megatron_stream, text_stream
 from holdfast.trainer.data.dataset import Dataset, Samples
-from holdfast.trainer.data.mixture import mixture_samples
+from holdfast.trainer.data.mixture import mixture_samples, staged_samples
 from holdfast.trainer.data.packing import packed_samples
 from holdfast.trainer.data.sampling import SampledDataset
 from holdfast.trainer.data.synthetic import markov_samples
@@ -21,12 +21,14 @@ from holdfast.trainer.data.windows import (
 )
 
 
-def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str) -> Samples:
+def open_samples(
+    data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str, global_batch: int = 0
+) -> Samples:
     """The samples of one split; see `holdfast.trainer.data.open_dataset`.
 
     Raises:
         DataError: the data cannot be used.
-        ValueError: the split is unknown, or `seq_len` is below 1.
+        ValueError: the split is unknown, `seq_len` is below 1, or stages lack `global_batch`.
     """
     check_data_config(data)
     check_split(split)
@@ -48,7 +50,12 @@ def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split
     if not data.weights:
         return cut(parts, split)
     sources = tuple(cut((part,), f"{split} {number}") for number, part in enumerate(parts))
-    return mixture_samples(sources, data.weights)
+    if not data.stages or split != "train":
+        return mixture_samples(sources, data.weights)
+    if global_batch < 1:
+        raise ValueError("data.stages begin at steps: say how many sequences a step has")
+    firsts = [(stage.start * global_batch, stage.weights) for stage in data.stages]
+    return staged_samples(sources, [(0, data.weights), *firsts])
 
 
 def split_tokens(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> np.ndarray:
@@ -97,7 +104,13 @@ def _streams(data: DataConfig, vocab: int) -> list[TokenStream]:
 
 
 def open_dataset(
-    data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str = "train"
+    data: DataConfig,
+    *,
+    vocab: int,
+    seq_len: int,
+    seed: int,
+    split: str = "train",
+    global_batch: int = 0,
 ) -> Dataset:
     """The samples of one split, equal on every rank. Local; no communication.
 
@@ -107,8 +120,13 @@ def open_dataset(
         seq_len: tokens per training sequence; a sample has one more, the last target.
         seed: the key of the order of samples (and, for synthetic data, of their content).
         split: "train" or "eval"; the two share no token.
+        global_batch: the sequences of a step; needed with `data.stages`, which begin at steps.
 
     Raises:
         DataError: the data is missing, unreadable, empty, too short, or beyond the vocabulary.
     """
-    return SampledDataset(open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split))
+    return SampledDataset(
+        open_samples(
+            data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, global_batch=global_batch
+        )
+    )

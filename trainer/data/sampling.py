@@ -9,6 +9,7 @@ import torch
 
 from holdfast.parallel.pipeline import Batch, Documents
 from holdfast.trainer.data.dataset import Samples, Sequences
+from holdfast.trainer.data.mixture import corpora_taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ class SampledDataset:
             )
         start = step * global_batch + micro_batch * micro_batch_size
         return as_batch(self.samples.sequences(start, micro_batch_size))
+
+    def corpora_taken(self, count: int) -> tuple[tuple[int, int], ...]:
+        """The size of each corpus, and how many of the first `count` samples it has."""
+        return corpora_taken(self.samples, count)
 
     def predicted(self, step: int, *, global_batch: int) -> int:
         """The number of tokens that are predicted in a step, over all its micro-batches."""

@@ -243,7 +243,7 @@ class Reporter:
         ranks = training.plan.stage_replicas.size
         hosts = list(dict.fromkeys(nodes))
         self._records.event("run_started", step=step, ranks=ranks, nodes=hosts, **facts)
-        data = coverage_of(self._training.config, self._training.data.size)
+        data = coverage_of(self._training.config, self._training.data)
         message = f"data: {data.line()}"
         self._records.event("data_opened", step=step, message=message, **data.as_dict())
         self._note(message)

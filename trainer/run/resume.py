@@ -323,7 +323,14 @@ def _moved_data(saved: dict[str, Any], config: RunConfig) -> str:
         seq_len, seed = int(train["seq_len"]), int(data.seed or train["seed"])
     except (msgspec.ValidationError, KeyError, TypeError, ValueError):
         return ""
-    return open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split="train").fingerprint
+    return open_samples(
+        data,
+        vocab=vocab,
+        seq_len=seq_len,
+        seed=seed,
+        split="train",
+        global_batch=config.train.global_batch,
+    ).fingerprint
 
 
 def differing_keys(

@@ -58,6 +58,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast evaluate runs/run-1/checkpoints/step-00000050 --text book.txt --text web.jsonl",
         "holdfast evaluate runs/run-1 --text book.txt --context 2048 --stride 512 --json",
         "holdfast evaluate runs/run-1 --data other.toml",
+        "holdfast evaluate runs/run-1 --tasks hellaswag,arc_easy --shots 0",
     ),
 }
 """By command: lines to type."""

@@ -49,6 +49,21 @@ Data = Annotated[
     ),
 ]
 
+Tasks = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME,...",
+        help="Tasks of lm-eval (pip install 'holdfast[eval]').",
+        show_default=False,
+    ),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A folder with tasks of your own.")
+]
+Shots = Annotated[
+    int | None, typer.Option(help="Examples before each question; by default the task's.", min=0)
+]
+
 
 def _unset(text: str) -> Any:
     """An option whose default of 0 stands for its absence, and is not shown."""
@@ -69,8 +84,11 @@ def evaluate(
         int, _unset("The tokens that count each time; by default half of the context.")
     ] = 0,
     batch: Annotated[
-        int, typer.Option(help="Windows of text that are computed at once.", min=1, max=4096)
+        int, typer.Option(help="Windows of text, or requests of tasks, at once.", min=1, max=4096)
     ] = 8,
+    tasks: Tasks = "",
+    task_folder: TaskFolder = None,
+    shots: Shots = None,
     json_key: Annotated[
         str, typer.Option(metavar="KEY", help="The key of the text in JSON.")
     ] = "text",
@@ -82,7 +100,7 @@ def evaluate(
 
     Without --text and --data it is that of the run's own validation sets, as training logs it.
     """
-    from holdfast.launch.text import choose_device, describe_model
+    from holdfast.launch.text import TaskRequest, choose_device, describe_model, task_scores
 
     given = None if data is None else load_config(data)
     chosen = choose_device(device)
@@ -92,15 +110,27 @@ def evaluate(
         length = _context(described, context)
         windows = (length, _stride(length, stride), batch)
         scores += _of_text(described, text, json_key, tokenizer, chosen, windows)
-    if given is not None or not text:
+    if given is not None or not (text or tasks):
         scores += _of_data(described, given, batches, device)
+    metrics = {}
+    if tasks:
+        asked = TaskRequest([name.strip() for name in tasks.split(",")], task_folder, shots, batch)
+        metrics = task_scores(described.source, asked, str(chosen))
     if as_json:
         source = described.source
-        answer = {"model": source.where, "step": source.step}
-        say(json.dumps({**answer, "scores": [one.as_dict() for one in scores]}, indent=2))
+        answer: dict[str, Any] = {"model": source.where, "step": source.step}
+        answer["scores"] = [one.as_dict() for one in scores]
+        if tasks:
+            answer["tasks"] = metrics
+        say(json.dumps(answer, indent=2))
         return
-    for one in scores:
-        say(score_line(one))
+    for line in (*map(score_line, scores), *map(_task_line, metrics.items())):
+        say(line)
+
+
+def _task_line(task: tuple[str, dict[str, float]]) -> str:
+    name, metrics = task
+    return f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
 
 
 def score_line(score: Score) -> str:

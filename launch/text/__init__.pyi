@@ -21,3 +21,7 @@ from .scoring import (
     Score as Score,
     text_score as text_score,
 )
+from .tasks import (
+    TaskRequest as TaskRequest,
+    task_scores as task_scores,
+)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,3 +303,84 @@ def test_what_cannot_be_evaluated_is_named(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text(CONFIG.replace("seq_len = 32", "seq_len = 100"))
     assert "train.seq_len = 100" in message("--data", str(other))
+
+
+TASK = """
+task: tyger
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {lines}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: 0
+doc_to_choice: "{{{{[answer, wrong]}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_a_task_of_one_s_own_is_evaluated_by_lm_eval(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    lines = [
+        {
+            "question": "Tyger Tyger, burning",
+            "answer": " bright",
+            "wrong": "\u2603\u2603\u2603\u2603",
+        },
+        {"question": "in the forests", "answer": "\u2603\u2603\u2603\u2603", "wrong": " of the "},
+    ]
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "tyger.yaml").write_text(TASK.format(lines=file))
+    options = ("--tasks", "tyger", "--task-folder", str(tmp_path))
+    found = answer("evaluate", str(run), *options)
+    assert found["scores"] == []
+    assert found["tasks"]["tyger"]["acc"] == 0.5
+
+
+@pytest.mark.mp
+def test_tasks_are_asked_of_lm_eval_with_the_folder_as_it_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def simple_evaluate(**arguments: Any) -> Any:
+        asked.update(arguments)
+        metrics = {"alias": "tyger", "acc,none": 0.25, "acc_stderr,none": "N/A", "em,strict": 1}
+        return {"results": {"tyger": metrics}}
+
+    def manager(include_path: str | None) -> Any:
+        return SimpleNamespace(all_tasks=["tyger", "sky"], path=include_path)
+
+    modules = {
+        "accelerate": {},
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": manager},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    options = ("--tasks", "tyger", "--task-folder", "own", "--shots", "2", "--batch", "3")
+    assert said("evaluate", str(run), *options).stdout == "tyger: acc 0.2500, em,strict 1.0000\n"
+    assert asked.pop("task_manager").path == "own"
+    assert asked == {
+        "model": "hf",
+        "model_args": {"pretrained": str(run / "checkpoints" / "step-00000012")},
+        "tasks": ["tyger"],
+        "num_fewshot": 2,
+        "batch_size": 3,
+        "device": "cpu",
+    }
+    assert "did you mean tyger?" in refused(ConfigError, "evaluate", str(run), "--tasks", "tygr")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    missing = refused(ConfigError, "evaluate", str(run), "--tasks", "sky")
+    assert "pip install 'holdfast[eval]'" in missing

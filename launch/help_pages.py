@@ -50,15 +50,15 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "generate": (
         'holdfast generate runs/run-1 --prompt "Once upon a time"',
-        "holdfast generate runs/run-1 --prompt-file a.txt --temperature 0.8 --samples 4 --seed 7",
+        "holdfast generate Llama-folder --prompt-file a.txt --temperature 0.8 --samples 4 --seed 7",
         "holdfast generate runs/run-1 --prompt-file prompt.txt --json",
     ),
     "evaluate": (
         "holdfast evaluate runs/run-1",
         "holdfast evaluate runs/run-1/checkpoints/step-00000050 --text book.txt --text web.jsonl",
-        "holdfast evaluate runs/run-1 --text book.txt --context 2048 --stride 512 --json",
-        "holdfast evaluate runs/run-1 --data other.toml",
-        "holdfast evaluate runs/run-1 --tasks hellaswag,arc_easy --shots 0",
+        "holdfast evaluate Llama-folder --text book.txt --context 2048 --stride 512 --json",
+        "holdfast evaluate Llama-folder --data run.toml",
+        "holdfast evaluate runs/run-1 --tasks hellaswag,arc_easy",
     ),
 }
 """By command: lines to type."""

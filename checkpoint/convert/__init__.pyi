@@ -8,5 +8,7 @@ from .formats import (
 from .work import (
     Conversion as Conversion,
     Converted as Converted,
+    PublishedModel as PublishedModel,
     convert as convert,
+    open_published as open_published,
 )

@@ -60,9 +60,6 @@ Tasks = Annotated[
 TaskFolder = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="A folder with tasks of your own.")
 ]
-Shots = Annotated[
-    int | None, typer.Option(help="Examples before each question; by default the task's.", min=0)
-]
 
 
 def _unset(text: str) -> Any:
@@ -88,10 +85,6 @@ def evaluate(
     ] = 8,
     tasks: Tasks = "",
     task_folder: TaskFolder = None,
-    shots: Shots = None,
-    json_key: Annotated[
-        str, typer.Option(metavar="KEY", help="The key of the text in JSON.")
-    ] = "text",
     tokenizer: Tokenizer = "",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -109,12 +102,12 @@ def evaluate(
     if text:
         length = _context(described, context)
         windows = (length, _stride(length, stride), batch)
-        scores += _of_text(described, text, json_key, tokenizer, chosen, windows)
+        scores += _of_text(described, text, tokenizer, chosen, windows)
     if given is not None or not (text or tasks):
         scores += _of_data(described, given, batches, device)
     metrics = {}
     if tasks:
-        asked = TaskRequest([name.strip() for name in tasks.split(",")], task_folder, shots, batch)
+        asked = TaskRequest([name.strip() for name in tasks.split(",")], task_folder, batch)
         metrics = task_scores(described.source, asked, str(chosen))
     if as_json:
         source = described.source
@@ -162,7 +155,6 @@ def _of_data(
 def _of_text(
     described: ModelDescription,
     paths: list[Path],
-    json_key: str,
     tokenizer: str,
     device: torch.device,
     windows: tuple[int, int, int],
@@ -181,7 +173,7 @@ def _of_text(
     model = load_model(described, device, context, vocab_chunk=chunk)
     found = []
     for path in paths:
-        documents = documents_in(str(path), key="--text", json_key=json_key)
+        documents = documents_in(str(path), key="--text")
         with shown_progress(path.name) as show:
             found.append(
                 text_score(

@@ -26,7 +26,7 @@ _MOST_GIVEN_BYTES = 1 << 26
 Model = Annotated[
     str,
     typer.Argument(
-        help="A checkpoint, or a run (its newest one); a path or URL.",
+        help="A checkpoint, a run (its newest one), or a Hugging Face folder; a path or URL.",
         metavar="MODEL",
     ),
 ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import torch
 
 from holdfast.checkpoint.loading import LoadTarget
@@ -27,10 +29,13 @@ from holdfast.launch.text.tokens import (
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
 from holdfast.parallel.pipeline import Chunk
 from holdfast.parallel.precision import PRECISIONS, Precision
+from holdfast.parallel.reading import converted
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import (
+    FAMILIES,
     ModelConfig,
     build_whole_model,
+    family_of,
     layer_specs,
 )
 
@@ -149,10 +154,28 @@ def model_section(source: ModelSource) -> ModelConfig:
     """
     if source.run is not None:
         return source.run.model
-    raise ConfigError(
-        f"{source.where} is of no run, so the configuration of its model is not known; train from "
-        "it (holdfast train CONFIG.toml --resume), and name that run"
-    )
+    return family_section(described_model(source), source.where)
+
+
+def family_section(described: Mapping[str, Any], where: str) -> ModelConfig:
+    """The [model] section of the model that a config.json describes.
+
+    Raises:
+        ConfigError: no family here computes it, or a key of it changes what is computed.
+    """
+    name = str(described.get("model_type"))
+    family = family_of(name) if name in FAMILIES else None
+    if family is None or family.section_of is None:
+        raise ConfigError(f"{where}: {unknown_name('model_type', name, FAMILIES)}")
+    try:
+        found = {"family": name, **family.section_of(described)}
+        known = {key: value for key, value in found.items() if value is not None}
+        section = converted(msgspec.to_builtins(known), family.section)
+    except ValueError as error:
+        raise ConfigError(f"{where}: config.json: {error}") from error
+    if unlike := [line for _, line in family.differences(section, described)]:
+        raise ConfigError(f"{where}: {'; '.join(unlike[:3])}: it is not computed so here")
+    return section
 
 
 def precision_of_model(source: ModelSource) -> Precision:

@@ -1,12 +1,13 @@
-"""Where a model is read from: a checkpoint of ours."""
+"""Where a model is read from: a checkpoint of ours, or a Hugging Face folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from holdfast.checkpoint.format import WEIGHT, Manifest
+from holdfast.checkpoint.format import WEIGHT, Manifest, scheme_of
 from holdfast.checkpoint.loading import LoadRequest, Targets, boxes_of, load
 from holdfast.checkpoint.model_config import read_config
 from holdfast.checkpoint.stores import StoredCheckpoint, find_checkpoint
@@ -88,7 +89,7 @@ class SavedModel:
 
 
 def find_model(place: str) -> ModelSource:
-    """The model at a path or URL: a checkpoint, or the newest of a run.
+    """The model at a path or URL: a checkpoint, the newest of a run, or a Hugging Face folder.
 
     Raises:
         ConfigError: there is none.
@@ -98,9 +99,7 @@ def find_model(place: str) -> ModelSource:
         try:
             found = find_checkpoint(place)
         except Unreadable as error:
-            raise ConfigError(
-                f"{place} is neither a checkpoint nor a run with one: {error}"
-            ) from error
+            return _published(place, error)
         try:
             return saved_model(found)
         except CheckpointError as error:
@@ -109,6 +108,19 @@ def find_model(place: str) -> ModelSource:
             if not left:
                 raise removed(found.place) from error
     raise AssertionError
+
+
+def _published(place: str, error: Unreadable) -> ModelSource:
+    """The model in a folder that is no checkpoint."""
+    folder = Path(place)
+    if scheme_of(place) or not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{place} is neither a checkpoint, nor a run with one, nor a Hugging Face folder with "
+            f"a config.json ({error})"
+        ) from error
+    from holdfast.launch.text.published import published_model
+
+    return published_model(folder)
 
 
 def removed(where: str) -> CheckpointError:

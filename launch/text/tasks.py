@@ -21,8 +21,6 @@ class TaskRequest:
     names: Sequence[str]
     folder: Path | None
     """A folder with tasks of the user's own, beside those of lm-eval."""
-    shots: int | None
-    """The examples before each question; None: as the task says."""
     batch: int
     """The requests that are computed at once."""
 
@@ -59,7 +57,6 @@ def task_scores(
         model_args={"pretrained": source.where},
         tasks=list(request.names),
         task_manager=manager,
-        num_fewshot=request.shots,
         batch_size=request.batch,
         device=device,
     )

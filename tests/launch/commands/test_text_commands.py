@@ -170,7 +170,7 @@ def test_a_text_ends_where_sequences_do(run: Path) -> None:
 def test_what_cannot_be_generated_from_is_named(run: Path, tmp_path: Path) -> None:
     prompt = ("--prompt", "a")
     nothing = refused(ConfigError, "generate", str(tmp_path / "none"), *prompt)
-    assert "none is neither a checkpoint nor a run with one" in nothing
+    assert "is neither a checkpoint, nor a run with one, nor a Hugging Face folder" in nothing
     assert "all would be the same" in refused(
         ConfigError, "generate", str(run), *prompt, "--samples", "2"
     )
@@ -369,14 +369,13 @@ def test_tasks_are_asked_of_lm_eval_with_the_folder_as_it_is(
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    options = ("--tasks", "tyger", "--task-folder", "own", "--shots", "2", "--batch", "3")
+    options = ("--tasks", "tyger", "--task-folder", "own", "--batch", "3")
     assert said("evaluate", str(run), *options).stdout == "tyger: acc 0.2500, em,strict 1.0000\n"
     assert asked.pop("task_manager").path == "own"
     assert asked == {
         "model": "hf",
         "model_args": {"pretrained": str(run / "checkpoints" / "step-00000012")},
         "tasks": ["tyger"],
-        "num_fewshot": 2,
         "batch_size": 3,
         "device": "cpu",
     }

@@ -122,15 +122,14 @@ def read_documents(
         )
 
 
-def documents_in(path: str, *, key: str, json_key: str = "text") -> Iterator[bytes]:
+def documents_in(path: str, *, key: str) -> Iterator[bytes]:
     """The documents of a file or folder, not empty, checked to be UTF-8; see `read_documents`.
 
     Args:
         key: the name of the path in messages.
-        json_key: the key of the text in JSON; "": JSON is plain text.
     """
     most = machine_memory_bytes() // _ARRAY_MEMORY_RATIO
-    form = DocumentForm(json_key, most_bytes=most, most_array_bytes=most)
+    form = DocumentForm(most_bytes=most, most_array_bytes=most)
     return read_documents(list_documents([path], key=key), key=key, form=form)
 
 

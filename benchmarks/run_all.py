@@ -31,6 +31,7 @@ RUNS = {
     "long_context.py": ["--json", str(OUTPUT / "long_context.json")],
     "stretches.py": ["--json", str(OUTPUT / "stretches")],
     "tensor_strips.py": ["--json", str(OUTPUT / "tensor_strips")],
+    "optimizers.py": ["--json", str(OUTPUT / "optimizers.json")],
     "documents.py": ["--json", str(OUTPUT / "documents.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }

@@ -46,6 +46,8 @@ class ParameterSpec:
     summed: tuple[int, ...] = ()
     """The copies that see a part of the gradient each, so that all of their sums are added; empty
     if each copy sees all of it, and that of the first one counts."""
+    whole: bool = False
+    """Whether the optimizer updates it as one, so that all of its rows are one block."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from holdfast.parallel.optimizer.exchange import OwnedBlock
 from holdfast.parallel.optimizer.host_update import HostUpdate
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
-from holdfast.parallel.optimizer.rules import MASTER, BlockUpdate, ParameterGroups, StateFormat
+from holdfast.parallel.optimizer.rules import (
+    MASTER,
+    BlockUpdate,
+    ParameterGroups,
+    Place,
+    StateFormat,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +161,14 @@ class OwnedState:
 
 
 def block_update(
-    form: StateFormat, state: Mapping[str, Tensor], gradient: Tensor, place: tuple[int, bool]
+    form: StateFormat, state: Mapping[str, Tensor], gradient: Tensor, place: Place
 ) -> BlockUpdate:
     """The input of the update for a block with this state by kind. Pure.
 
     Args:
-        place: that of the block's parameter; see `ParameterGroups.place`.
+        place: that of the block's parameter.
     """
     kinds = tuple(state[kind.name] for kind in form.rule.kinds)
-    group, decays = place
-    return BlockUpdate(state[MASTER], gradient, kinds, decays, group)
+    return BlockUpdate(
+        state[MASTER], gradient, kinds, place.decays, group=place.group, matrix=place.matrix
+    )

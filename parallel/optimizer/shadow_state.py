@@ -22,7 +22,13 @@ from holdfast.parallel.optimizer.exchange import follower_routes
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import block_update
 from holdfast.parallel.optimizer.parameter_buffer import Span
-from holdfast.parallel.optimizer.rules import MASTER, BlockUpdate, ParameterGroups, StateFormat
+from holdfast.parallel.optimizer.rules import (
+    MASTER,
+    BlockUpdate,
+    ParameterGroups,
+    Place,
+    StateFormat,
+)
 from holdfast.parallel.plan import BlockKey, Plan
 
 
@@ -120,7 +126,7 @@ class ShadowCopies:
         self,
         form: StateFormat,
         block: ShadowedBlock,
-        place: tuple[int, bool],
+        place: Place,
         kinds: Mapping[str, Tensor],
         start: int,
     ) -> BlockUpdate:

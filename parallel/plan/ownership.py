@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
 
 BlockKey = tuple[int, int]
 """(part, position among its blocks): the name of a block in the whole run."""
+
+
+_ELEMENT_FLOPS = 16
+"""Operations of AdamW for one element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,13 @@ class Block:
     """The first row, counted in the segment."""
     row_stop: int
     elements: int
+    weight: int = 0
+    """The work of its update, beside others'; 0: as its elements."""
+
+    @property
+    def work(self) -> int:
+        """What owners and shadows are balanced by."""
+        return self.weight or self.elements
 
     @property
     def key(self) -> BlockKey:
@@ -36,7 +47,8 @@ class Block:
 def blocks(layers: Sequence[LayerSpec], part: int, block_elements: int) -> tuple[Block, ...]:
     """All blocks of one part of the parameters, in layer, table and row order.
 
-    A block has as many whole rows as fit into `block_elements`, and one at least. Blocks depend
+    A block has as many whole rows as fit into `block_elements`, and one at least; all rows of a
+    matrix that is updated as one. Blocks depend
     only on the model and its split into parts. Rows that several parts have are blocks of the first
     of these. The second use of a tied weight has none: it shares those of the first.
     """
@@ -45,12 +57,25 @@ def blocks(layers: Sequence[LayerSpec], part: int, block_elements: int) -> tuple
         for spec_index, spec in enumerate(layer_spec.parameters[part]):
             if spec.tied_use or spec.copies[0] != part:
                 continue
-            rows = max(1, block_elements // spec.row_elements)
+            rows = spec.rows if spec.whole else max(1, block_elements // spec.row_elements)
             for start in range(0, spec.rows, rows):
                 stop = min(spec.rows, start + rows)
                 elements = (stop - start) * spec.row_elements
-                found.append(Block(part, len(found), layer, spec_index, start, stop, elements))
+                weight = matrix_work(spec.rows, spec.row_elements) if spec.whole else 0
+                found.append(
+                    Block(part, len(found), layer, spec_index, start, stop, elements, weight)
+                )
     return tuple(found)
+
+
+def matrix_work(rows: int, columns: int) -> int:
+    """The work of a matrix that is made orthogonal, in elements that are updated alone. Pure.
+
+    It is that of five Newton-Schulz iterations: two products of the smaller side squared with the
+    larger, and one of it cubed.
+    """
+    small, large = sorted((rows, columns))
+    return rows * columns + 5 * (4 * small**2 * large + 2 * small**3) // _ELEMENT_FLOPS
 
 
 def assign_owners(
@@ -98,12 +123,20 @@ def assign_owners(
     return tuple(owners)
 
 
-def spread_owners(sizes: Sequence[int], candidates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def spread_owners(
+    sizes: Sequence[int],
+    candidates: Sequence[tuple[int, ...]],
+    heavy: Collection[int] = (),
+) -> tuple[int, ...]:
     """The first owner of every block, so that each layer's blocks lie with all candidates.
 
     From the last block on, each goes to the candidate that owns the least, so that at any moment of
     a backward pass all of them have gradients to receive. Pure.
 
+    Args:
+        sizes: the work of each block.
+        heavy: the blocks that are given away first, the largest before the others (longest
+            processing time first).
     Returns:
         One rank per block. The largest load of a group of candidates is at most the mean load plus
         the group's largest block.
@@ -111,7 +144,9 @@ def spread_owners(sizes: Sequence[int], candidates: Sequence[tuple[int, ...]]) -
     heaps: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     known: dict[int, list[tuple[int, int, int]]] = {}  # see assign_owners
     owners = [0] * len(sizes)
-    for block in reversed(range(len(sizes))):
+    first = sorted(heavy, key=lambda block: (-sizes[block], -block))
+    others = (block for block in reversed(range(len(sizes))) if block not in heavy)
+    for block in (*first, *others):
         group = candidates[block]
         if not group:
             raise ValueError(f"block {block} has no candidate to own it")

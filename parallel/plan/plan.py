@@ -203,8 +203,9 @@ class Plan:
             None,
             lambda: tuple(
                 spread_owners(
-                    [block.elements for block in found],
+                    [block.work for block in found],
                     [self.contributors(block) for block in found],
+                    {block.index for block in found if block.weight},
                 )
                 for found in self.blocks
             ),

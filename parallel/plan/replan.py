@@ -111,7 +111,7 @@ def with_shadows(
     load: dict[int, int] = {}
     found = tuple(
         assign_shadows(
-            [block.elements for block in blocks],
+            [block.work for block in blocks],
             plan.owners[index],
             plan.stage_replicas,
             roster.node_of,
@@ -261,7 +261,7 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
         owners = list(before.owners[index])
         places = [place for place, b in enumerate(blocks) if stages[b.layer] in touched]
         chosen = assign_owners(
-            [blocks[place].elements for place in places],
+            [blocks[place].work for place in places],
             [after.contributors(blocks[place]) for place in places],
             [owners[place] if owners[place] in staying else None for place in places],
             share_of=shares.__getitem__ if shares else None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from holdfast.trainer.check.capture import (
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import build_whole_model
-from holdfast.trainer.step import open_split, rate_of
+from holdfast.trainer.step import layers_of_config, open_split, rate_of
 
 
 def run_reference(config: RunConfig) -> RankCapture:
@@ -43,15 +45,15 @@ def run_reference(config: RunConfig) -> RankCapture:
     rows = [(spec, parameter) for (*_, spec), parameter in chunk.rows()]
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
-    parameters = {p: spec for spec, p in rows if p not in second_uses}
-    optimizers = _optimizers(config, parameters)
+    parameters = list(dict.fromkeys(p for _, p in rows if p not in second_uses))
+    segments = [_Segment.of(spec, p) for spec, p in rows if p not in second_uses]
+    optimizers = _optimizers(config, segments)
     data = open_split(config, "train")
     running = [0]
     recorder = ActivationRecorder(capture, lambda: running[0], (0,))
     watch_chunk(recorder, chunk, config.model.hidden)
     for step in range(train.steps):
-        for optimizer, _ in optimizers:
-            optimizer.zero_grad()
+        chunk.zero_grad()
         capture.losses.append(_backward_passes(config, chunk, data, step, running))
         for first, second in tied:
             assert first.grad is not None
@@ -62,32 +64,78 @@ def run_reference(config: RunConfig) -> RankCapture:
             recorder.close()
             capture.gradients = _pieces(rows, second_uses, gradients=True)
         clip = train.clip_grad_norm or float("inf")
-        capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))
+        capture.grad_norms.append(float(nn.utils.clip_grad_norm_(parameters, clip)))
+        for segment in segments:
+            segment.take_gradient()
         for optimizer, factor in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate_of(config, step) * factor
             optimizer.step()
+        for segment in segments:
+            segment.write()
         for first, second in tied:
             second.data.copy_(first.data)
     capture.parameters = _pieces(rows, second_uses, gradients=False)
     return capture
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Segment:
+    """A logical tensor in a local parameter, which may have several of them."""
+
+    spec: ParameterSpec
+    local: nn.Parameter
+    own: nn.Parameter
+    """A parameter of its own, in the same memory at first."""
+
+    @classmethod
+    def of(cls, spec: ParameterSpec, local: nn.Parameter) -> _Segment:
+        rows = local.detach()[spec.local_row : spec.local_row + spec.rows]
+        return cls(spec, local, nn.Parameter(rows))
+
+    def take_gradient(self) -> None:
+        """Give `own` its part of the gradient."""
+        assert self.local.grad is not None
+        first = self.spec.local_row
+        self.own.grad = self.local.grad[first : first + self.spec.rows]
+
+    def write(self) -> None:
+        """Set its part of the local parameter, which an optimizer may have left as it was."""
+        first = self.spec.local_row
+        self.local.data[first : first + self.spec.rows].copy_(self.own.data)
+
+
 def _optimizers(
-    config: RunConfig, parameters: Mapping[nn.Parameter, ParameterSpec]
+    config: RunConfig, segments: Sequence[_Segment]
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """The rule's reference for each group of parameters, and the factor of its learning rate."""
     rule = OPTIMIZERS[config.optimizer.name]
     groups = ParameterGroups.of(rule, config.optimizer)
-    places = {p: groups.place(spec) for p, spec in parameters.items()}
+    tables = [row for layer in layers_of_config(config) for row in layer.parameters[0]]
+    whole = {spec.name for spec in tables if spec.whole}
+    places = {
+        found.own: groups.place(replace(found.spec, whole=found.spec.name in whole))
+        for found in segments
+    }
+    references = [(rule.reference, False)]
+    if rule.matrices is not None:
+        references.append((rule.matrices.reference, True))
     found = []
-    for number, group in enumerate(groups.groups):
+    for (number, group), (reference, matrices) in product(enumerate(groups.groups), references):
         members = [
-            ([p for p, place in places.items() if place == (number, decays)], decays)
+            (
+                [
+                    parameter
+                    for parameter, place in places.items()
+                    if (place.group, place.decays) == (number, decays)
+                    and (place.matrix is not None) is matrices
+                ],
+                decays,
+            )
             for decays in (True, False)
         ]
         if any(own for own, _ in members):
-            found.append((rule.reference(members, group.settings), group.rate_factor))
+            found.append((reference(members, group.settings), group.rate_factor))
     return found
 
 

@@ -6,6 +6,7 @@ from math import lcm
 
 import msgspec
 
+from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.trainer.config import DataConfig, OptimizerConfig, RunConfig
 from holdfast.trainer.models import family_of
 from holdfast.trainer.step import context_exchange
@@ -91,4 +92,5 @@ def _optimizer(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
             for group in optimizer.groups
         ],
         block_elements=64,
+        **OPTIMIZERS[optimizer.name].in_checks,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
+from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs, windows_of
@@ -42,7 +44,7 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
 
 
 def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpec, ...]:
-    return layer_specs(
+    layers = layer_specs(
         config.model,
         tensor=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence_parallel and config.parallel.tensor > 1,
@@ -53,6 +55,19 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
         vocab_chunk=config.train.vocab_chunk,
         shards=config.numerics.tensor_shards,
     )
+    if OPTIMIZERS[config.optimizer.name].matrices is None:
+        return layers
+    first, *transformer, last = layers
+    return (first, *map(_with_matrices, transformer), last)
+
+
+def _with_matrices(layer: LayerSpec) -> LayerSpec:
+    """A transformer layer whose matrices are updated as such. Pure."""
+    tables = tuple(
+        tuple(replace(spec, whole=len(spec.shape) == 2 and spec.decay) for spec in table)
+        for table in layer.parameters
+    )
+    return replace(layer, parameters=tables)
 
 
 def plan_of(config: RunConfig, generation: int = 0) -> Plan:

@@ -1,5 +1,6 @@
 from .groups import (
     ParameterGroups as ParameterGroups,
+    Place as Place,
     matched_by_none as matched_by_none,
 )
 from .registry import (

@@ -5,10 +5,10 @@ Pure; importing it needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from holdfast.parallel.optimizer.rules.rule import BlockUpdate, OptimizerRule
 
@@ -43,6 +43,23 @@ class Parameter(Protocol):
     def name(self) -> str: ...
     @property
     def decay(self) -> bool: ...
+    @property
+    def whole(self) -> bool: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def row_elements(self) -> int: ...
+
+
+class Place(NamedTuple):
+    """What an update needs to know of a block's parameter."""
+
+    group: int
+    """The number of its group."""
+    decays: bool
+    """Whether weight decay applies."""
+    matrix: tuple[int, int] | None
+    """Rows and columns, if it is updated as a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +87,15 @@ class ParameterGroups(Generic[S]):
         """The group of a parameter: the first one that its name matches. Pure."""
         return next(number for number, group in enumerate(self.groups) if group.has(name))
 
-    def place(self, parameter: Parameter) -> tuple[int, bool]:
-        """The group of a parameter, and whether weight decay applies to it. Pure."""
+    def place(self, parameter: Parameter) -> Place:
+        """What an update needs to know of a parameter. Pure."""
         number = self.number(parameter.name)
-        return number, parameter.decay or self.groups[number].all_decay
+        is_matrix = parameter.whole and self.rule.matrices is not None
+        return Place(
+            number,
+            parameter.decay or self.groups[number].all_decay,
+            (parameter.rows, parameter.row_elements) if is_matrix else None,
+        )
 
     def update(self, updates: Sequence[BlockUpdate], step: Tensor, lr: float) -> None:
         """Update blocks in place, each as its group has it. Local; exact-mode safe.
@@ -84,19 +106,35 @@ class ParameterGroups(Generic[S]):
             step: the number of this update, as for `OptimizerRule.update_blocks`.
             lr: the learning rate of the step, without the groups' factors.
         """
+        of_matrices = self.rule.matrices
         for number, group in enumerate(self.groups):
             chosen = [update for update in updates if update.group == number]
             rate = lr * group.rate_factor
-            if chosen and all(values.dtype == u.master.dtype for u in chosen for values in u.state):
-                self.rule.update_blocks(chosen, step, rate, group.settings)
-                continue
-            for rounded in chosen:
-                # As many bits as master values have while it is computed; one block at a time.
-                state = tuple(values.to(rounded.master.dtype) for values in rounded.state)
-                full = replace(rounded, state=state)
-                self.rule.update_blocks([full], step, rate, group.settings)
-                for kept, values in zip(rounded.state, state, strict=True):
-                    kept.copy_(values)
+            elements = [update for update in chosen if update.matrix is None]
+            _update(self.rule.update_blocks, elements, step, rate, group.settings)
+            if of_matrices is not None and len(elements) < len(chosen):
+                matrices = [update for update in chosen if update.matrix is not None]
+                _update(of_matrices.update, matrices, step, rate, group.settings)
+
+
+def _update(
+    rule: Callable[[Sequence[BlockUpdate], Tensor, float, S], None],
+    updates: Sequence[BlockUpdate],
+    step: Tensor,
+    lr: float,
+    settings: S,
+) -> None:
+    """Update blocks, whose state may have fewer bits than master values, by one rule."""
+    if all(values.dtype == u.master.dtype for u in updates for values in u.state):
+        if updates:
+            rule(updates, step, lr, settings)
+        return
+    for rounded in updates:
+        # As many bits as master values have while it is computed; one block at a time.
+        state = tuple(values.to(rounded.master.dtype) for values in rounded.state)
+        rule([replace(rounded, state=state)], step, lr, settings)
+        for kept, values in zip(rounded.state, state, strict=True):
+            kept.copy_(values)
 
 
 def matched_by_none(patterns: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -7,8 +7,8 @@ kinds. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from holdfast.parallel.precision import Precision
@@ -58,6 +58,8 @@ class BlockUpdate:
     """Whether weight decay applies."""
     group: int = 0
     """The number of its parameter's group."""
+    matrix: tuple[int, int] | None = None
+    """The rows and columns of a matrix that is updated as such; None: elementwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,16 @@ class OwnKey:
 def no_problems(section: Any) -> Iterator[str]:
     """No rule beside those of all optimizers. Pure."""
     return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRule(Generic[S]):
+    """The update of the matrices of transformer layers, of which each is one block."""
+
+    update: Callable[[Sequence[BlockUpdate], Tensor, float, S], None]
+    """As `OptimizerRule.update_blocks`, for blocks with a `matrix`."""
+    reference: Callable[[Sequence[tuple[list[nn.Parameter], bool]], S], torch.optim.Optimizer]
+    """As `OptimizerRule.reference`, for these parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +107,15 @@ class OptimizerRule(Generic[S]):
 
     From groups of (parameters, whether weight decay applies). The learning rate is set before each
     step."""
+    matrices: MatrixRule[S] | None = None
+    """The update of matrices, if it is another; None: it is that of all blocks."""
     constants: tuple[str, ...] = ("betas", "eps", "weight_decay")
     """The keys of all optimizers that it uses."""
     own_keys: tuple[OwnKey, ...] = ()
     problems: Callable[[Any], Iterator[str]] = no_problems
     """(`[optimizer]` section) -> the broken rules of its own keys, one line each."""
+    in_checks: Mapping[str, Any] = field(default_factory=dict)
+    """The values that own keys have in `holdfast check`, where rounding must hide nothing."""
 
 
 @dataclass(frozen=True, slots=True)

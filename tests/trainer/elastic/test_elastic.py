@@ -225,6 +225,30 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cl
     assert [event["rank"] for event in run.events("rank_lost")] == [3, 0]
 
 
+def test_kills_change_no_bit_of_matrices_groups_and_rounded_moments(
+    start: Starter, cluster: Cluster
+) -> None:
+    train, model = {"steps": 10, "global_batch": BATCH, "precision": "bf16"}, {"layers": 4}
+    optimizer = {
+        "name": "muon",
+        "moments_dtype": "bf16",
+        "groups": [{"match": "*k_proj*", "lr": 3e-3}, {"match": "lm_head*", "weight_decay": 0.0}],
+    }
+    sections = {"train": train, "model": model, "optimizer": optimizer}
+    expected = bits_of(run_training(cluster, make_config(**sections)))
+    faults = [fault("kill", 1, 3, "vote"), fault("kill", 2, 6, "apply")]
+    run = start(
+        **sections,
+        parallel={"data": 2, "pipeline": 2},
+        elastic=pace({"chaos": faults, "verify_every": 2}, PACE_S),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert not run.events("corruption")
+    assert len(run.events("recovered")) >= 2
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
 def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster: Cluster) -> None:
     train = {"steps": 16, "precision": "bf16", "global_batch": BATCH}
     model = {"tie_embeddings": True}

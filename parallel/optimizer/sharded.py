@@ -32,9 +32,10 @@ from holdfast.parallel.optimizer.exchange import (
     wire_of,
 )
 from holdfast.parallel.optimizer.fence import Fence
+from holdfast.parallel.optimizer.kernels import operations_of
 from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.optimizer.rules import ParameterGroups, StateFormat
+from holdfast.parallel.optimizer.rules import MASTER, ParameterGroups, StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
 from holdfast.parallel.plan import BlockKey, Plan, shards
@@ -168,6 +169,18 @@ class ShardedOptimizer:
     def block_state(self, number: int) -> dict[str, Tensor]:
         """One owned block's live state by kind (`form.held`), flat."""
         return self.owned_state.block(number)
+
+    def parameter_squares(self) -> Tensor:
+        """Each owned block's sum of squares of its parameters (their master values). Local.
+
+        Returns:
+            float64[slots] on CPU, as `reduce` gives the squares of gradients.
+        """
+        squares = torch.zeros(self.slots, dtype=torch.float64)
+        for number, block in enumerate(self.owned):
+            values = self.block_state(number)[MASTER]
+            squares[self.slot(block.key)] = operations_of(values.device).sum_squares(values)
+        return squares
 
     def restore(self, step: int) -> None:
         """Continue after `step` updates, once parameters and `state` have been filled. Local."""

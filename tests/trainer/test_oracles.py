@@ -215,6 +215,30 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
     return training.evaluate()["held_out"]
 
 
+@pytest.mark.mp
+def test_norms_by_layer_are_those_of_transformers(cluster: Cluster) -> None:
+    config = make_config(
+        model={"dropout": 0.0, "layers": 2},
+        train={"steps": 1, "global_batch": 4},
+        log={"norms_every": 1},
+        parallel={"pipeline": 2},
+    )
+    found = run_training(cluster, config)["layer_norms"]
+    theirs = oracle(config)
+    data = open_dataset(config.data, vocab=config.model.vocab, seq_len=16, seed=config.train.seed)
+    rows = torch.from_numpy(np.concatenate([windows_of(data.sample(row)) for row in range(4)]))
+    logits = theirs(rows[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+    of_layer = {"model.embed_tokens": 0, "model.layers.0": 1, "model.layers.1": 2}
+    squares = torch.zeros(4, 2, dtype=torch.float64)
+    for name, parameter in theirs.named_parameters():
+        layer = next((n for start, n in of_layer.items() if name.startswith(f"{start}.")), 3)
+        assert parameter.grad is not None
+        values = (parameter.grad, parameter.detach())
+        squares[layer] += torch.tensor([v.double().square().sum().item() for v in values])
+    assert np.array(found[0]) == pytest.approx(squares.sqrt().numpy(), rel=1e-5)
+
+
 def losses_at_the_start(
     rank: int, world_size: int, store: Any, *, config: dict
 ) -> dict[str, float]:

@@ -140,7 +140,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "straggler_every": _STEPS,
         "straggler_factor": Range(1, 1e6, is_open=True),
     },
-    "log": {"every": Range(1, _COUNT)},
+    "log": {"every": Range(1, _COUNT), "norms_every": _STEPS},
 }
 """By section and key. A number without an entry must be finite: `data.eval_fraction`, which
 check_data_config checks, and the own key of an optimizer."""

@@ -263,6 +263,8 @@ class LogConfig(Section, frozen=True):
     tensorboard: bool = True
     trace_steps: list[int] = []
     """Steps, counted from 1, whose actions are written for Perfetto."""
+    norms_every: int = 0
+    """Steps between those whose norms of gradients and parameters are noted by layer; 0: none."""
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -37,14 +37,22 @@ class StepMetrics:
     validation: dict[str, float] = field(default_factory=dict)
     """The losses of validation sets after the step, by name; without any there is no such key."""
     validation_hex: dict[str, str] = field(default_factory=dict)
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    """By layer, the norm of its gradients before clipping, in steps of log.norms_every."""
+    param_norms: dict[str, float] = field(default_factory=dict)
+    """The same of its parameters before the update."""
 
     def line(self) -> bytes:
         """The line of the file; numbers that JSON lacks become null."""
         fields: dict[str, Any] = asdict(self)
-        for name in ("offload", "skipped", "validation", "validation_hex"):
+        for name in _LEFT_OUT:
             if not fields[name]:
                 fields.pop(name)
         return (json.dumps(_finite(fields)) + "\n").encode()
+
+
+_LEFT_OUT = ("offload", "skipped", "validation", "validation_hex", "grad_norms", "param_norms")
+"""The keys that a line has only where there is something to say."""
 
 
 def _finite(value: Any) -> Any:

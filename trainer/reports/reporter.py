@@ -112,6 +112,8 @@ class Reporter:
         extra = {"memory/max_active(GiB)": memory_gib}
         if mfu is not None:
             extra["mfu(%)"] = 100 * mfu
+        for name, norms in (("grad", metrics.grad_norms), ("param", metrics.param_norms)):
+            extra |= {f"{name}_norm/{layer}": norm for layer, norm in norms.items()}
         if self._training.config.numerics.spike_window:
             extra["optim/step_skipped"] = float(bool(outcome.spike))
         for name, loss in evaluated.items():
@@ -137,6 +139,9 @@ class Reporter:
     ) -> StepMetrics:
         """The line of metrics.jsonl for a step, counted from 1."""
         tokens, plan = self._training.step_tokens, self._training.plan
+        norms = outcome.layer_norms
+        names = [layer.name for layer in plan.layers] if norms else []
+        layers = dict(zip(names, norms, strict=True))
         return StepMetrics(
             step=step,
             loss=outcome.loss,
@@ -152,6 +157,8 @@ class Reporter:
             skipped="spike" if outcome.spike else "",
             validation=dict(evaluated),
             validation_hex={name: loss.hex() for name, loss in evaluated.items()},
+            grad_norms={name: norms[0] for name, norms in layers.items()},
+            param_norms={name: norms[1] for name, norms in layers.items()},
             offload=self._offloaded(step, step_s),
         )
 

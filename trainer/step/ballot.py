@@ -1,7 +1,8 @@
 """The ballot: a rank's part in the vote of a step, a float64 tensor that is summed over all ranks.
 
 The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
-in its slot, and one count per entry of `MARKS`. One rank fills a slot and all others have zero
+in its slot, and one count per entry of `MARKS`; in steps whose norms are noted (log.norms_every)
+then the square sums of the blocks' parameters. One rank fills a slot and all others have zero
 there, so sums are exact.
 """
 
@@ -39,19 +40,29 @@ class BallotFormat:
     """The number of blocks, over all shard indices."""
     losses: int
     """The number of micro-batches of a step, times the slices of a sequence."""
+    layers: tuple[int, ...] = ()
+    """The layer of each block, in a step whose norms are noted; else empty."""
 
-    def pack(self, squares: Tensor, losses: Tensor, flags: int, requests: Requests) -> Tensor:
-        """This rank's tensor: float64[squares + losses + len(MARKS)].
+    def pack(
+        self,
+        squares: Tensor,
+        losses: Tensor,
+        flags: int,
+        requests: Requests,
+        parameters: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's tensor: float64[squares + losses + len(MARKS)], and `squares` more for norms.
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
+            parameters: the same of parameters, in a step whose norms are noted.
             losses: float64[losses], zero but for those that this rank reports.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
         marks |= {name: getattr(requests, name) for name in REQUESTS}
         counts = torch.tensor([marks[name] for name in MARKS], dtype=torch.float64)
-        return torch.cat([squares, losses, counts])
+        return torch.cat([squares, losses, counts, *([] if parameters is None else [parameters])])
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
         """The outcome of the sum of all ranks' tensors; equal on all ranks, bit for bit.
@@ -62,6 +73,7 @@ class BallotFormat:
         values = summed.tolist()
         squares, rest = values[: self.squares], values[self.squares :]
         counts = {name: int(rest[self.losses + place]) for place, name in enumerate(MARKS)}
+        parameters = rest[self.losses + len(MARKS) :]
         finite = bool(torch.isfinite(summed[: self.squares]).all()) and not counts["nonfinite"]
         return Outcome(
             loss=mean_loss(rest[: self.losses], tokens),
@@ -70,7 +82,25 @@ class BallotFormat:
             out_of_range_ranks=counts["out_of_range"],
             requests=Requests(**{name: counts[name] > 0 for name in REQUESTS}),
             leaving_ranks=counts["leave"],
+            layer_norms=layer_norms(squares, parameters, self.layers) if finite else (),
         )
+
+
+def layer_norms(
+    gradients: Sequence[float], parameters: Sequence[float], layers: Sequence[int]
+) -> tuple[tuple[float, float], ...]:
+    """The norms of each layer's gradients and parameters. Pure.
+
+    Args:
+        gradients, parameters: the sum of squares of each block.
+        layers: the layer of each block; empty: no norms are asked for.
+    """
+    count = max(layers, default=-1) + 1
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(count)]
+    for layer, *squares in zip(layers, gradients, parameters, strict=bool(layers)):
+        for own, square in zip(found[layer], squares, strict=True):
+            own.append(square)
+    return tuple((norm_from_squares(g), norm_from_squares(p)) for g, p in found)
 
 
 def by_slice(losses: Losses, slices: Slices, stretches: int = 1) -> SliceLosses:

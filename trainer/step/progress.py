@@ -58,6 +58,9 @@ class Outcome:
     """The steps up to this one that were not usable, in a row."""
     spike: str = ""
     """What makes the step a spike, which is not applied; empty: it is none."""
+    layer_norms: tuple[tuple[float, float], ...] = ()
+    """Of each layer, the norms of its gradients before clipping and of its parameters before the
+    update; empty: they were not asked for."""
 
     @property
     def has_numbers(self) -> bool:

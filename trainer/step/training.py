@@ -364,8 +364,12 @@ class Training:
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
         slots = loss_slots(reported, self.step_micro_batches, self.slices.count)
-        ballot = BallotFormat(self.optimizer.slots, len(slots))
-        summed = ballot.pack(squares, slots, flags, requests)
+        every, parameters = self.config.log.norms_every, None
+        layers = self._block_layers if every and (self._in_flight.step + 1) % every == 0 else ()
+        if layers:
+            parameters = self.optimizer.parameter_squares()
+        ballot = BallotFormat(self.optimizer.slots, len(slots), layers)
+        summed = ballot.pack(squares, slots, flags, requests, parameters)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)
@@ -477,6 +481,12 @@ class Training:
         if self.model.layers is not None:
             self.model.layers.finish()
         return by_slice(self._reported_losses or {}, self.slices, self.plan.stretches)
+
+    @cached_property
+    def _block_layers(self) -> tuple[int, ...]:
+        """The layer of each block, by its slot."""
+        found = {self.optimizer.slot(b.key): b.layer for part in self.plan.blocks for b in part}
+        return tuple(found[slot] for slot in range(self.optimizer.slots))
 
     @cached_property
     def _forward_program(self) -> PreparedProgram:

@@ -20,7 +20,9 @@ from holdfast.parallel.reading import decode_json
 from holdfast.trainer.config import RunConfig, flat_keys
 
 OF_A_MACHINE = (
-    "log.",
+    "log.every",
+    "log.tensorboard",
+    "log.trace_steps",
     "data.path",
     "data.tokenizer",
     "data.validation",

@@ -135,7 +135,7 @@ class Starter:
 
     def write(self, name: str, **sections: dict[str, Any]) -> Path:
         """The file of an elastic run's configuration."""
-        quiet = {"tensorboard": False, "every": 1000}
+        quiet = {"tensorboard": False, "every": 1000, **sections.pop("log", {})}
         own = {"enabled": True, "heartbeat_timeout_ms": PATIENT_MS}
         elastic = {**own, **sections.pop("elastic", {})}
         path = self.folder / f"{name}.toml"

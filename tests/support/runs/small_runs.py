@@ -55,14 +55,16 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
 
     run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
-    losses, norms = [], []
+    losses, norms, layers = [], [], []
     for step in range(run_config.train.steps):
         training.compute(step)
         outcome = training.vote(*training.reduce())
         training.apply(rate_of(run_config, step))
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
-    return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+        layers.append(outcome.layer_norms)
+    found = {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+    return found | ({"layer_norms": layers} if run_config.log.norms_every else {})
 
 
 def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict) -> Any:

@@ -1,0 +1,13 @@
+from .dispatch import (
+    Dispatch as Dispatch,
+    dispatch as dispatch,
+)
+from .products import (
+    expert_products as expert_products,
+)
+from .routing import (
+    Choices as Choices,
+    Router as Router,
+    add_loss as add_loss,
+    balance_loss as balance_loss,
+)

@@ -1,5 +1,4 @@
 from .dispatch import (
-    Dispatch as Dispatch,
     dispatch as dispatch,
 )
 from .products import (
@@ -10,4 +9,5 @@ from .routing import (
     Router as Router,
     add_loss as add_loss,
     balance_loss as balance_loss,
+    logits_of as logits_of,
 )

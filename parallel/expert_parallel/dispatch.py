@@ -59,7 +59,9 @@ class Dispatch:
         return _combined(_Placed.apply(arrived, self.order, self.back), weights)
 
 
-def dispatch(experts: Tensor, count: int, group: Communicator | None, dtype: torch.dtype) -> Dispatch:
+def dispatch(
+    experts: Tensor, count: int, group: Communicator | None, dtype: torch.dtype
+) -> Dispatch:
     """The way of tokens to the experts that they chose. Collective over the group.
 
     Args:

@@ -101,8 +101,8 @@ def balance_loss(choices: Choices, counts: Tensor, rows: Tensor, tokens: Tensor)
 
     Args:
         choices: of tokens of several sequences.
-        counts: int64[sequences, experts]: the tokens of each sequence that chose an expert, whatever
-            rank has them.
+        counts: int64[sequences, experts]: the tokens of each sequence that chose an expert,
+            whatever rank has them.
         rows: int64[tokens]: the sequence of each token here.
         tokens: int64[sequences]: the tokens of each.
     Returns:

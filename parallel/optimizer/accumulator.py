@@ -251,7 +251,8 @@ class GradientAccumulator:
             grad_output: blocks of its columns, from the first to the last.
             unit: the number of the gradient in its micro-batch.
         """
-        if self._takes(parameter, unit):
+        # Without tokens nothing is added, but it counts: an expert has a gradient in every slice.
+        if self._takes(parameter, unit) and (len(value) or parameter in self._shared):
             self._add_matmul(parameter, grad_output, value)
         self._offered(parameter)
 

@@ -56,6 +56,18 @@ class Batch(NamedTuple):
     documents: Documents | None = None
     """None: each sequence is one document."""
 
+    def learned(self) -> Tensor:
+        """The tokens of documents of which something is predicted: bool[micro_batch, seq_len].
+
+        The others are padding, or documents of one token.
+        """
+        if self.documents is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        begins = (self.documents.positions.t() == 0).flatten()
+        document = begins.cumsum(0) - 1
+        predicted = torch.bincount(document, (self.targets >= 0).flatten().double())
+        return (predicted > 0)[document].view_as(self.targets)
+
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         documents = self.documents

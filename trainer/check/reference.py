@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from holdfast.parallel.layout import ParameterSpec
+from holdfast.parallel.layout import ParameterSpec, Slices, slices_of
 from holdfast.parallel.optimizer import OPTIMIZERS, ParameterGroups
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
@@ -22,7 +22,7 @@ from holdfast.trainer.check.capture import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import build_whole_model
+from holdfast.trainer.models import build_whole_model, family_of
 from holdfast.trainer.step import layers_of_config, open_split, rate_of
 
 
@@ -158,10 +158,20 @@ def _backward_passes(
             global_batch=train.global_batch,
             micro_batch_size=train.micro_batch,
         )
-        loss = chunk(None, MicroBatchContext(step, micro_batch, True, batch))
+        context = MicroBatchContext(
+            step, micro_batch, True, batch, 1.0 / predicted, _slices(config)
+        )
+        loss = chunk(None, context).sum()
         (loss / predicted).backward()
         total += loss.item()
     return total / predicted
+
+
+def _slices(config: RunConfig) -> Slices:
+    """One slice, but for experts: the loss of their router is defined slice by slice."""
+    if not family_of(config.model.family).experts(config.model):
+        return Slices()
+    return slices_of(config.train.seq_len, config.train.context_chunks, 1, 0)
 
 
 def _tied(

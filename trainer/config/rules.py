@@ -124,6 +124,12 @@ def _model(config: RunConfig) -> Iterator[str]:
     tensor = config.parallel.tensor
     parts = config.tensor_parts if tensor >= 1 else tensor
     yield from family.problems(model, parts, config.tensor_parts_key)
+    parallel = config.parallel
+    if tensor > 1 and family.experts(model) and not parallel.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel = false with parallel.tensor = {tensor} and experts: "
+            "every rank would send the same tokens; set it to true"
+        )
     if config.train.compile and family.compiled_regions is None:
         yield (
             f"train.compile = true: model.family = {model.family!r} has nothing to compile; set it "

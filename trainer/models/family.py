@@ -30,8 +30,10 @@ M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
 FAMILIES: Mapping[str, str] = {
     "llama": "holdfast.trainer.models.llama",
     "mistral": "holdfast.trainer.models.mistral",
+    "mixtral": "holdfast.trainer.models.mixtral",
     "qwen2": "holdfast.trainer.models.qwen2",
     "qwen3": "holdfast.trainer.models.qwen3",
+    "qwen3_moe": "holdfast.trainer.models.qwen3_moe",
 }
 """By the value of `model.family`: the module that has the family as `FAMILY`."""
 
@@ -135,6 +137,8 @@ class Family(Generic[M]):
     section_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     """A `config.json` -> the keys of [model] that it gives, some of them None. It raises ValueError
     for what no key says. None: models are not taken from Hugging Face folders."""
+    experts: Callable[[M], int] = lambda model: 0
+    """(section) -> the experts of a layer; 0: there are none."""
     windows: Callable[[M], Sequence[int]] = lambda model: ()
     """(section) -> by layer, the keys that a query sees, itself included; 0: all. Empty: all."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None

@@ -6,7 +6,7 @@ pass begins while later layers arrive. Exact-mode safe: the values are copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -90,12 +90,22 @@ class ParameterArrival:
     def watch(self, module: nn.Module) -> None:
         """Wait before each forward pass of a part of `module` for the parameters it uses itself."""
         for part in module.modules():
-            if isinstance(part, nn.ParameterList):
-                continue  # it has no forward pass: its parameters are those of the module around it
-            lists = [each for each in part.children() if isinstance(each, nn.ParameterList)]
-            own = tuple(p for each in (part, *lists) for p in each.parameters(recurse=False))
+            own = () if _is_container(part) else tuple(_used_by(part))
             if own:
                 part.register_forward_pre_hook(lambda *_, own=own: self.use(own))
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module has no forward pass: its parameters are used by the module around it."""
+    return type(module).forward is nn.Module.forward
+
+
+def _used_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module itself, and of containers in it."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if _is_container(child):
+            yield from _used_by(child)
 
 
 def send_bucket(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -51,6 +52,16 @@ MODELS: list[dict[str, Any]] = [
     },
     {"family": "mistral"},
     {"family": "mistral", "sliding_window": 5, "head_dim": 16},
+    {"family": "mixtral", "experts": 4},
+    {"family": "mixtral", "experts": 6, "experts_per_token": 3, "sliding_window": 7},
+    {"family": "qwen3_moe", "experts": 8, "expert_intermediate": 12, "experts_per_token": 3},
+    {
+        "family": "qwen3_moe",
+        "experts": 16,
+        "expert_intermediate": 8,
+        "experts_per_token": 1,
+        "norm_topk_prob": False,
+    },
     {"family": "qwen2", "tie_embeddings": True},
     {"family": "qwen2", "sliding_window": 4, "max_window_layers": 1},
     {"family": "qwen3", "head_dim": 12},
@@ -122,12 +133,35 @@ def their_model(model: ModelConfig, weights: dict[str, Tensor], dtype: torch.dty
     kind = described.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **described)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # others have no float64
     theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    missing, unexpected = theirs.load_state_dict(fused(weights), strict=False)
     assert unexpected == []
     assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
     theirs.tie_weights()
     return theirs
+
+
+EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
+
+
+def fused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that transformers has in memory, where experts are stacked."""
+    found: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, value in weights.items():
+        expert = EXPERT.fullmatch(name)
+        if expert is None:
+            found[name.replace("block_sparse_moe", "mlp")] = value
+            continue
+        kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(expert[3], expert[3])
+        stacks.setdefault(expert[1], {}).setdefault(int(expert[2]), {})[kind] = value
+    for layer, experts in stacks.items():
+        ordered = [experts[number] for number in range(len(experts))]
+        both = [torch.cat([one["gate_proj"], one["up_proj"]]) for one in ordered]
+        found[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(both)
+        found[f"{layer}.mlp.experts.down_proj"] = torch.stack([one["down_proj"] for one in ordered])
+    return found
 
 
 def tokens_of(model: ModelConfig, sequences: int, length: int) -> Tensor:

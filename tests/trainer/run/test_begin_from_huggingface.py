@@ -33,6 +33,7 @@ tensorboard = false
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 6},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
 }
 
 

@@ -28,7 +28,11 @@ class Costs:
         tokens, dim = seq_len * micro_batch, model.dim_per_head
         attention = model.heads * dim
         projected = attention + 2 * model.kv_heads * dim
-        weights = model.hidden * (projected + attention + 3 * model.intermediate)
+        wide, router = model.intermediate, 0
+        if design.experts is not None:
+            wide = design.experts.per_token * design.experts.intermediate
+            router = design.experts.count
+        weights = model.hidden * (projected + attention + 3 * wide + router)
         self._per_key, self._seq_len, self._design = 4.0 * tokens * attention, seq_len, design
         self._products = 2.0 * tokens * weights
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
@@ -37,7 +41,10 @@ class Costs:
         # Each head has a copy of its keys where slices do not divide these (context_parallel).
         self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
         core_bytes = tokens * size * (projected + 2 * attention) // tensor
-        mlp_bytes = tokens * size * 4 * model.intermediate // tensor
+        mlp_bytes = tokens * size * 4 * wide // tensor
+        if design.experts is not None:  # rows at the experts and back, and the router's scores
+            rows = 2 * design.experts.per_token * model.hidden * size
+            mlp_bytes += tokens * (rows + 8 * design.experts.count) // tensor
         kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor
         self.hidden_bytes = hidden_bytes
         self.layer_activation_bytes = {

@@ -46,6 +46,9 @@ def decoder_family(
 
         return regions(model, design(model), sizes)
 
+    def count_of(made: Design) -> int:
+        return 0 if made.experts is None else made.experts.count
+
     return Family(
         section=section,
         problems=problems,
@@ -57,5 +60,6 @@ def decoder_family(
         tiny=tiny,
         tensor_share=tensor_share,
         compiled_regions=compiled_regions,
+        experts=lambda model: count_of(design(model)),
         windows=lambda model: design(model).windows,
     )

@@ -11,7 +11,12 @@ import msgspec
 
 from holdfast.checkpoint.model_config import explicit, unhonoured
 from holdfast.parallel.reading import converted
-from holdfast.trainer.models.decoder.section import DecoderConfig, LayeredWindowConfig, RopeScaling
+from holdfast.trainer.models.decoder.section import (
+    DecoderConfig,
+    LayeredWindowConfig,
+    RopeScaling,
+    WindowedConfig,
+)
 
 _SHARED: Final[Mapping[str, str]] = {
     "hidden_size": "hidden",
@@ -70,6 +75,8 @@ class Described:
     """(section) -> the keys of config.json with other values than those of [model]."""
     from_json: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda told: {}
     """The reverse, from a config.json in which every key stands."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """The other name by which transformers knows a key."""
     honoured: frozenset[str] = frozenset()
     """The keys of config.json that `from_json` reads."""
 
@@ -116,6 +123,8 @@ class Described:
             ValueError: its settings of rotary embedding are not those of transformers.
         """
         told = explicit(described)
+        for key in self.keys.keys() - told.keys():
+            told[key] = told.get(self.aliases.get(key, ""))
         heads, hidden = told.get("num_attention_heads"), told.get("hidden_size")
         rope = dict(told.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None)
@@ -165,6 +174,16 @@ WINDOW_KEYS: Final = frozenset(
     {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
 )
 """The keys of config.json for windows of the upper layers."""
+
+
+def window_to_json(model: WindowedConfig) -> dict[str, Any]:
+    """The key of a window of all layers. Pure."""
+    return {"sliding_window": model.sliding_window or None}
+
+
+def window_from_json(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse. Pure."""
+    return {"sliding_window": told.get("sliding_window") or 0}
 
 
 def windows_to_json(model: LayeredWindowConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from holdfast.parallel.tensor_parallel import (
 from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.decoder.attention import Attention, attention_core
 from holdfast.trainer.models.decoder.ends import Embedding, Head
+from holdfast.trainer.models.decoder.experts import Decisions, Experts
 from holdfast.trainer.models.decoder.norms import (
     Choice,
     KeyedDropout,
@@ -63,7 +64,14 @@ class MLP(nn.Module):
             self.gate_up_bias = nn.ParameterList(torch.empty(2 * size) for size in sizes)
             self.down_bias = nn.Parameter(torch.empty(model.hidden))
 
-    def forward(self, value: Tensor, number: int, queues: Queues) -> Tensor:
+    def forward(
+        self,
+        value: Tensor,
+        context: MicroBatchContext,
+        number: int,
+        queues: Queues,
+        decisions: Decisions,
+    ) -> Tensor:
         """Of slice `number`.
 
         Args:
@@ -107,14 +115,26 @@ class TransformerLayer(nn.Module):
         self.mlp_dropout = KeyedDropout(model.dropout, seed, str(layer), "mlp", tp)
 
     def forward(self, values: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
+        decisions: Decisions = {}
         if self._recompute and torch.is_grad_enabled():
             return checkpoint(
-                self._compute, context, *values, use_reentrant=False, preserve_rng_state=False
+                self._compute,
+                context,
+                decisions,
+                *values,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-        return self._compute(context, *values)
+        return self._compute(context, decisions, *values)
 
-    def _compute(self, context: MicroBatchContext, *values: Tensor) -> list[Tensor]:
-        """The layer; tensors are arguments by themselves, so that they may be offloaded."""
+    def _compute(
+        self, context: MicroBatchContext, decisions: Decisions, *values: Tensor
+    ) -> list[Tensor]:
+        """The layer; tensors are arguments by themselves, so that they may be offloaded.
+
+        Args:
+            decisions: what experts' routers have chosen, when it is computed again.
+        """
         queues = part_queues(self._queue, context, self._tp)
         normed = map(self.attention_norm, values, queues)
         mixed = self.attention(list(normed), context, queues)
@@ -123,7 +143,8 @@ class TransformerLayer(nn.Module):
             context.slices.own, values, mixed, queues, strict=True
         ):
             value = value + self.attention_dropout(added, context, number)
-            added = self.mlp(self.mlp_norm(value, by_part), number, by_part)
+            normed_value = self.mlp_norm(value, by_part)
+            added = self.mlp(normed_value, context, number, by_part, decisions)
             found.append(value + self.mlp_dropout(added, context, number))
         return found
 
@@ -157,7 +178,10 @@ def module_builder(
             recomputes=recompute == "selective",
         )
         attention = Attention(model, design, tp, queue, core)
-        mlp = MLP(model, design, tp, queue, choose)
+        if design.experts is not None:
+            mlp: nn.Module = Experts(model, design.experts, tp, queue)
+        else:
+            mlp = MLP(model, design, tp, queue, choose)
         return TransformerLayer(model, number, recompute, context, attention, mlp, choose)
 
     return build

@@ -176,6 +176,8 @@ def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterato
         projected = value(sizes.seq_len, (heads + 2 * kv_heads) * dim)
         norms = (weight(dim), weight(dim), model.norm_eps) if design.head_norms else ()
         yield Region(attend, (projected, *tables, heads, kv_heads, *norms))
+    if design.experts is not None:
+        return
     parts = {
         stop - start
         for index in range(sizes.tensor)

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from holdfast.parallel.errors import shown
-from holdfast.trainer.models.decoder.section import DecoderConfig, LayeredWindowConfig, RopeScaling
+from holdfast.trainer.models.decoder.section import (
+    DecoderConfig,
+    ExpertConfig,
+    LayeredWindowConfig,
+    RopeScaling,
+)
 from holdfast.trainer.models.section import ModelConfig
 
 _FACTORS: Final = ("linear", "proportional", "llama3", "yarn")
@@ -31,6 +36,8 @@ def problems(model: DecoderConfig, parts: int, key: str) -> Iterator[str]:
             f"model.max_window_layers = {model.max_window_layers} exceeds model.layers = "
             f"{model.layers}: no layer would have a window; lower it"
         )
+    if isinstance(model, ExpertConfig):
+        yield from _expert_problems(model, max(parts, 1), f"{key} = {parts}")
     if parts >= 1:
         yield from _part_problems(model, parts, f"{key} = {parts}")
 
@@ -76,6 +83,19 @@ def _rotary_problems(scaling: RopeScaling) -> Iterator[str]:
         yield (
             f"{said}: low_freq_factor = {scaling.low_freq_factor} must be less than "
             f"high_freq_factor = {scaling.high_freq_factor}"
+        )
+
+
+def _expert_problems(model: ExpertConfig, parts: int, said: str) -> Iterator[str]:
+    if model.experts_per_token > model.experts:
+        yield (
+            f"model.experts_per_token = {model.experts_per_token} exceeds model.experts = "
+            f"{model.experts}; lower it"
+        )
+    if model.experts % parts:
+        yield (
+            f"model.experts = {model.experts} is not divisible by {said}; every rank of a tensor "
+            "group has as many experts"
         )
 
 

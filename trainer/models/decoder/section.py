@@ -62,6 +62,37 @@ class LayeredWindowConfig(WindowedConfig, frozen=True, kw_only=True):
         return (0,) * below + (self.sliding_window,) * (self.layers - below)
 
 
+class ExpertConfig(WindowedConfig, frozen=True, kw_only=True):
+    """The keys of models whose MLPs are experts."""
+
+    experts: int = 8
+    experts_per_token: int = 2
+    router_aux_loss_coef: float = 0.001
+    """The factor of the auxiliary loss of each layer's router, per sequence."""
+    router_z_loss_coef: float = 0.0
+    """The factor of the square of the logarithm of each token's sum of exponentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDesign:
+    """The experts of a layer."""
+
+    count: int
+    per_token: int
+    """The experts that a token goes to."""
+    intermediate: int
+    """The width of each."""
+    normalizes: bool
+    """Whether the weights of a token's experts have the sum 1."""
+    aux_loss: float
+    """The factor of the auxiliary loss."""
+    z_loss: float
+    router: str
+    """The name of the router's weight in a layer."""
+    matrices: tuple[str, str, str]
+    """The names of an expert's gate, up and down projections, with `{}` for its number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Design:
     """What the layers of a model have that a plain Llama's lack."""
@@ -74,6 +105,8 @@ class Design:
     """Biases of the MLP's projections."""
     head_norms: bool = False
     """Norms of each head's queries and keys, before they are rotated."""
+    experts: ExpertDesign | None = None
+    """The experts in the place of each MLP; None: there are none."""
     windows: tuple[int, ...] = ()
     """By layer, the keys that a query sees, itself included; 0: all before it. Empty: 0."""
 

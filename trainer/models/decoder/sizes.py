@@ -9,6 +9,7 @@ import msgspec
 
 from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
+    ExpertConfig,
     LayeredWindowConfig,
     WindowedConfig,
 )
@@ -25,6 +26,7 @@ def tiny(model: D, tensor: int, layers: int, divisor: int) -> D:
 
     These stay: head grouping, the distribution of key and value heads over tensor ranks, whether
     the vocabulary divides evenly, tied embeddings, dropout, and that some layers have a window.
+    Each part has at most three experts.
     """
     kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
     group = min(model.heads // model.kv_heads, 2)
@@ -36,6 +38,11 @@ def tiny(model: D, tensor: int, layers: int, divisor: int) -> D:
         others["sliding_window"] = min(model.sliding_window, _WINDOW)
     if isinstance(model, LayeredWindowConfig):
         others["max_window_layers"] = min(model.max_window_layers, layers // 2)
+    if isinstance(model, ExpertConfig):
+        others["experts"] = tensor * min(max(1, model.experts // tensor), 3)
+        others["experts_per_token"] = min(model.experts_per_token, others["experts"], 3)
+    if hasattr(model, "expert_intermediate"):
+        others["expert_intermediate"] = 5
     return msgspec.structs.replace(
         model,
         from_hf="",

@@ -8,7 +8,7 @@ from math import sqrt
 
 from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
 from holdfast.trainer.models.decoder.costs import Costs
-from holdfast.trainer.models.decoder.section import DecoderConfig, Design
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design, ExpertDesign
 
 
 def layer_specs(
@@ -106,12 +106,12 @@ class _Table:
         return norm, self._vocabulary("lm_head.weight", "projection", 0)
 
     def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
-        prefix = f"model.layers.{layer}"
+        prefix, experts = f"model.layers.{layer}", self.design.experts
         return (
             self._norm(f"{prefix}.input_layernorm.weight", "attention_norm.weight"),
             *self._attention(f"{prefix}.self_attn"),
             self._norm(f"{prefix}.post_attention_layernorm.weight", "mlp_norm.weight"),
-            *self._mlp(f"{prefix}.mlp"),
+            *(self._mlp(f"{prefix}.mlp") if experts is None else self._experts(prefix, experts)),
         )
 
     def _attention(self, prefix: str) -> tuple[ParameterSpec, ...]:
@@ -144,6 +144,34 @@ class _Table:
             self._rows(f"{names[1]}.bias", wide[:1], "mlp.gate_up_bias", gate.rows),
             self._hidden_bias(f"{prefix}.down_proj.bias", "mlp.down_bias"),
         )
+
+    def _experts(self, prefix: str, experts: ExpertDesign) -> tuple[ParameterSpec, ...]:
+        """The router, which every part has, and the experts of this part."""
+        hidden, wide = self.model.hidden, experts.intermediate
+        router = self._whole(
+            f"{prefix}.{experts.router}",
+            (experts.count, hidden),
+            "mlp.router",
+            self._normal((experts.count, hidden)),
+            parts_differ=self.norms_differ,
+        )
+        rows, first = [router], self._split(experts.count)[0]
+        for number in range(experts.count // self.parts):
+            names = [f"{prefix}.{name.format(first + number)}" for name in experts.matrices]
+            local, box = f"mlp.experts.{number}", Box((0, 0), (wide, hidden))
+            rows += [
+                self._sharded(names[0], (wide, hidden), box, f"{local}.gate_up", 0),
+                self._sharded(names[1], (wide, hidden), box, f"{local}.gate_up", wide),
+                self._sharded(
+                    names[2],
+                    (hidden, wide),
+                    Box((0, 0), (hidden, wide)),
+                    f"{local}.down",
+                    0,
+                    initial=self._output(),
+                ),
+            ]
+        return tuple(rows)
 
     def _projections(
         self, prefix: str, queries: int, kind: str = "weight"
@@ -185,20 +213,33 @@ class _Table:
     def _vector(
         self, name: str, elements: int, local: str, initial: float, *, parts_differ: bool
     ) -> ParameterSpec:
+        """A vector that every part has whole; as `_whole`."""
+        constant = Initial("constant", initial)
+        return self._whole(name, (elements,), local, constant, parts_differ=parts_differ)
+
+    def _whole(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        local: str,
+        initial: Initial,
+        *,
+        parts_differ: bool,
+    ) -> ParameterSpec:
         """What every part has whole.
 
         Args:
             parts_differ: whether each part sees another share of its gradient.
         """
-        shape, copies = (elements,), tuple(range(self.parts))
+        copies = tuple(range(self.parts))
         return ParameterSpec(
             name=name,
             shape=shape,
-            box=Box((0,), shape),
+            box=_of_rows(shape, 0, shape[0]),
             local=local,
             local_row=0,
-            initial=Initial("constant", initial),
-            decay=False,
+            initial=initial,
+            decay=len(shape) > 1,
             copies=copies,
             summed=copies if parts_differ and self.parts > 1 else (),
         )
@@ -218,9 +259,12 @@ class _Table:
     def _columns(self, name: str, shape: tuple[int, ...], local: str) -> ParameterSpec:
         rows, columns = shape
         start, stop = self._split(columns)
-        output = Initial("normal", self.model.init_std / sqrt(2 * self.model.layers))
         box = Box((0, start), (rows, stop))
-        return self._sharded(name, (rows, columns), box, local, 0, initial=output)
+        return self._sharded(name, (rows, columns), box, local, 0, initial=self._output())
+
+    def _output(self) -> Initial:
+        """Of the weights whose products are added to the hidden state."""
+        return Initial("normal", self.model.init_std / sqrt(2 * self.model.layers))
 
     def _kv_rows(self) -> tuple[int, int]:
         """The rows of the key (or value) projection: a part of the heads, or one shared head."""

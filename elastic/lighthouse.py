@@ -32,7 +32,7 @@ from holdfast.parallel.links import (
     listen,
     to_server,
 )
-from holdfast.parallel.waiting import Waiting
+from holdfast.parallel.output import Waiting
 
 GUARDED = "holdfast://"
 """The URL of a Lighthouse behind a door begins with it."""

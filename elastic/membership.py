@@ -35,7 +35,7 @@ from holdfast.elastic.teller import Teller, ends_of
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
 from holdfast.parallel.links import STORE_TIMEOUT_S, StoreAccess, Tunnels
-from holdfast.parallel.waiting import Waiting
+from holdfast.parallel.output import Waiting
 
 _PAUSE_UNREACHABLE_S = 0.1
 _LAST_WORD_S = 10.0

@@ -37,8 +37,7 @@ from holdfast.parallel.links import (
     listen,
     until_answered,
 )
-from holdfast.parallel.output import name_process, tell
-from holdfast.parallel.waiting import Waiting, tell_person
+from holdfast.parallel.output import Waiting, name_process, tell, tell_person
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error

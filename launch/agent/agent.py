@@ -47,8 +47,7 @@ from holdfast.launch.agent.worker_slot import WorkerSlot
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Diverged, Stopped
 from holdfast.parallel.files import scratch_folder
-from holdfast.parallel.output import SAVING, Interrupts
-from holdfast.parallel.waiting import tell_person
+from holdfast.parallel.output import SAVING, Interrupts, tell_person
 
 logger = logging.getLogger("holdfast.agent")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from holdfast.parallel.waiting import tell_person
+from holdfast.parallel.output import tell_person
 
 _AGAIN_S = 60.0
 """Seconds for which an equal line is not shown again."""

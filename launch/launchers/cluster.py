@@ -42,8 +42,8 @@ from holdfast.parallel.links import (
     listen,
     until_answered,
 )
+from holdfast.parallel.output import Waiting
 from holdfast.parallel.reading import decode_json
-from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import (
     RunAnswer,

@@ -30,9 +30,8 @@ from holdfast.launch.launchers.nodes import node_name, run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Interrupted, Stopped
 from holdfast.parallel.files import machine_identity, scratch_folder
 from holdfast.parallel.links import given_secret, new_secret
-from holdfast.parallel.output import LogFile, tell
+from holdfast.parallel.output import LogFile, Waiting, tell
 from holdfast.parallel.plan import replica_sizes
-from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import (

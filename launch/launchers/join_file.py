@@ -19,9 +19,8 @@ from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import await_lock, machine_identity, open_lock
-from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
+from holdfast.parallel.output import DiskWord, Waiting, WholeFiles, tell, write_whole
 from holdfast.parallel.reading import PathText, decode_json, read_regular
-from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.run import RunDirectory
 
 _CONNECT_S = 3.0

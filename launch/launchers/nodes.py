@@ -27,8 +27,7 @@ from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import ConfigError, Stopped
 from holdfast.parallel.links import Tunnels
-from holdfast.parallel.output import name_process
-from holdfast.parallel.waiting import tell_person
+from holdfast.parallel.output import name_process, tell_person
 
 logger = logging.getLogger("holdfast.agent")
 

@@ -1,6 +1,6 @@
 """Communicators over gloo, NCCL and MPI behind one protocol, and their flight recorder.
 
-May import parallel.errors, parallel.files, parallel.reading and parallel.waiting.
+May import parallel.errors, parallel.files, parallel.output and parallel.reading.
 """
 
 import lazy_loader

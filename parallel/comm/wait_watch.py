@@ -20,8 +20,8 @@ import msgspec
 from holdfast.parallel.comm.flight_recorder import FlightRecord, FlightRecorder, Operation
 from holdfast.parallel.comm.tags import kind_of
 from holdfast.parallel.errors import first_line
+from holdfast.parallel.output import TELL_AFTER_S
 from holdfast.parallel.reading import decode_json
-from holdfast.parallel.waiting import TELL_AFTER_S
 
 if TYPE_CHECKING:
     from torch.distributed import Store

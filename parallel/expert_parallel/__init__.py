@@ -1,6 +1,6 @@
 """Experts: the routing of tokens, their exchange between ranks, and the products of each expert.
 
-May import parallel.comm, parallel.pipeline and parallel.tensor_parallel.
+May import parallel.comm and parallel.pipeline.
 """
 
 import lazy_loader

@@ -43,6 +43,11 @@ from .terminal import (
     tell as tell,
     write as write,
 )
+from .waiting import (
+    TELL_AFTER_S as TELL_AFTER_S,
+    Waiting as Waiting,
+    tell_person as tell_person,
+)
 from .whole_files import (
     WholeFiles as WholeFiles,
     write_whole as write_whole,

@@ -17,7 +17,7 @@ from holdfast.elastic.lighthouse import (
 )
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import new_secret
-from holdfast.parallel.waiting import Waiting
+from holdfast.parallel.output import Waiting
 from support.processes.fake_clock import FakeClock
 
 

@@ -19,9 +19,8 @@ from torch.distributed import Store
 
 from holdfast.elastic import Generation, WorkerSpec
 from holdfast.parallel.errors import MembershipError
-from holdfast.parallel.output import DiskWord, WholeFiles
+from holdfast.parallel.output import DiskWord, Waiting, WholeFiles
 from holdfast.parallel.reading import decode_json, read_regular
-from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.terms import Terms, TermsDiffer, judge, require_equal_terms

@@ -15,8 +15,8 @@ import msgspec
 from torch.distributed import DistError, Store
 
 from holdfast.parallel.errors import ConfigError, MembershipError, PeerLost, first_line
+from holdfast.parallel.output import Waiting, tell_person
 from holdfast.parallel.reading import decode_json
-from holdfast.parallel.waiting import Waiting, tell_person
 from holdfast.trainer.terms.terms import Terms, TermsDiffer, Verdict, judge
 
 _LIMIT_S = 3600.0

@@ -1,7 +1,7 @@
 """A conversion: the request, its workers, the journal, and the sample that is compared.
 
 May import checkpoint.convert, checkpoint.format, checkpoint.loading, checkpoint.stores,
-parallel.errors, parallel.files, parallel.reading, parallel.waiting and _native.
+parallel.errors, parallel.files, parallel.output, parallel.reading and _native.
 """
 
 import lazy_loader

@@ -38,7 +38,7 @@ from holdfast.parallel.errors import (
     size_text,
 )
 from holdfast.parallel.files import open_added
-from holdfast.parallel.waiting import Waiting
+from holdfast.parallel.output import Waiting
 
 _POLL_S = 0.05
 _PATIENCE_S = 300.0

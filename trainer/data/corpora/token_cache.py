@@ -26,8 +26,8 @@ import numpy as np
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.files import await_lock, open_lock, scratch_folder
+from holdfast.parallel.output import Waiting
 from holdfast.parallel.reading import MALFORMED, Count, decode_json, open_regular, read_regular
-from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.data.corpora.stream import DocumentStarts
 
 _PARTIAL = ".partial-"

@@ -6,8 +6,7 @@ import threading
 
 import pytest
 
-from holdfast.parallel import waiting
-from holdfast.parallel.waiting import Waiting
+from holdfast.parallel.output import Waiting, waiting
 from support.processes.fake_clock import FakeClock
 
 

@@ -34,6 +34,7 @@ WIDE = {
     "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",
     "trainer.config.optimizer_section.OptimizerConfig": "A field for each key",
+    "trainer.config.data_section.DataConfig": "A field for each key",
     "trainer.config.sections.CheckpointConfig": "A field for each key",
     "trainer.config.sections.ElasticConfig": "A field for each key",
     "trainer.config.sections.ParallelConfig": "A field for each key",

@@ -44,7 +44,7 @@ class MixtureStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The source of the tokens.
+    """The source of the tokens. A field for each key.
 
     Attributes:
         kind: "synthetic" (a seeded Markov chain), "text" (UTF-8 files and folders) or "megatron"
@@ -61,6 +61,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "documents": the same tokens, but attention, positions and predictions stay within
             documents; "best-fit": whole documents, packed with the least padding.
         packing_buffer: for "best-fit", the sequences that are open at once.
+        fim_rate: the share of documents whose middle is moved to the end (fill-in-the-middle), in
+            sequences that are trained on; 0: none. For text with a `tokenizer.json` only.
+        fim_spm_rate: the share of these that have their suffix first (SPM, the others: PSM).
+        fim_tokens: the tokens of `tokenizer` before prefix, suffix and middle, in this order.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
         validation: sets that the run evaluates on beside what is held out, by name.
@@ -75,6 +79,9 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stages: list[MixtureStage] = []
     packing: Literal["concatenated", "documents", "best-fit"] = "concatenated"
     packing_buffer: int = 1024
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: list[str] = []
     eval_fraction: float = 0.05
     seed: int = 0
     validation: list[ValidationConfig] = []
@@ -130,7 +137,38 @@ def check_data_config(data: DataConfig) -> None:
             ".bin/.idx pair (holdfast data prepare writes them)"
         )
     _check_weights(data)
+    _check_fill_in_middle(data)
     _check_validation(data)
+
+
+def _check_fill_in_middle(data: DataConfig) -> None:
+    for key in ("fim_rate", "fim_spm_rate"):
+        if not 0 <= getattr(data, key) <= 1:
+            raise DataError(f"data.{key} = {getattr(data, key)}: allowed are 0 to 1")
+    if not data.fim_rate:
+        for key in ("fim_spm_rate", "fim_tokens"):
+            if getattr(data, key) != getattr(DataConfig(), key):
+                raise DataError(
+                    f"data.{key} = {shown(getattr(data, key))} with data.fim_rate = 0: it would "
+                    "not be used; set data.fim_rate, or leave it out"
+                )
+        return
+    said = f"data.fim_rate = {data.fim_rate}"
+    if data.kind != "text" or data.tokenizer == "bytes":
+        raise DataError(
+            f"{said} needs tokens that stand before the parts of a document; set data.kind = "
+            '"text" and data.tokenizer to a tokenizer.json that has them'
+        )
+    if data.packing != "concatenated":
+        raise DataError(
+            f'{said} with data.packing = "{data.packing}": set data.packing = "concatenated"; the '
+            "changed documents of a window are one text"
+        )
+    if len(set(data.fim_tokens)) != 3 or len(data.fim_tokens) != 3:
+        raise DataError(
+            f"data.fim_tokens = {shown(data.fim_tokens)} with {said}: name three tokens of the "
+            "tokenizer, those before prefix, suffix and middle"
+        )
 
 
 def validation_names(data: DataConfig) -> tuple[str, ...]:

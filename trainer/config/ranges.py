@@ -63,7 +63,12 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "sliding_window": Range(0, 2**31),
         "max_window_layers": Range(0, 4096),
     },
-    "data": {"seed": Range(0, 2**63 - 1), "packing_buffer": Range(1, 2**40)},
+    "data": {
+        "seed": Range(0, 2**63 - 1),
+        "packing_buffer": Range(1, 2**40),
+        "fim_rate": Range(0, 1),
+        "fim_spm_rate": Range(0, 1),
+    },
     "train": {
         "steps": Range(1, _COUNT),
         "stop_after": _STEPS,

@@ -9,6 +9,7 @@ import numpy as np
 from holdfast.trainer.config import DataConfig, check_data_config
 from holdfast.trainer.data.corpora import TokenStream, megatron_stream, text_stream
 from holdfast.trainer.data.dataset import Dataset, Samples
+from holdfast.trainer.data.fill_in_middle import FillInMiddleSamples, fill_in_middle
 from holdfast.trainer.data.mixture import mixture_samples, staged_samples
 from holdfast.trainer.data.packing import packed_samples
 from holdfast.trainer.data.sampling import SampledDataset
@@ -42,6 +43,9 @@ def open_samples(
 
     def cut(parts: tuple[StreamPart, ...], name: str) -> Samples:
         settings: dict[str, Any] = dict(seq_len=seq_len, vocab=vocab, seed=seed, name=name)
+        if data.fim_rate and split == "train":
+            windows = window_samples(parts, by_document=True, **settings)
+            return FillInMiddleSamples(windows, fill_in_middle(data))
         if data.packing == "best-fit":
             return packed_samples(parts, buffer=data.packing_buffer, **settings)
         return window_samples(parts, by_document=by_document, **settings)

@@ -105,9 +105,12 @@ class WindowSamples:
             named += f" documents 1 {[starts.fingerprint for starts in self.starts]}"
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
-    def window(self, number: int) -> Sequences:
-        """Window `number`, counted through the parts in their order.
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of window `number`, counted through the parts in their order.
 
+        Returns:
+            int64[seq_len + 1], and the places but the first where documents begin: int64[...]; none
+            if these do not matter.
         Raises:
             DataError: a token lies outside the vocabulary.
         """
@@ -116,11 +119,17 @@ class WindowSamples:
         start = part.start + (number - self.first_windows[which]) * self.seq_len
         read = part.stream.read(start, start + self.seq_len + 1)
         check_tokens(read, self.vocab, name=part.stream.name, start=start)
+        if not self.starts:
+            return read, np.empty(0, dtype=np.int64)
+        return read, self.starts[which].within(start + 1, start + self.seq_len + 1) - start
+
+    def window(self, number: int) -> Sequences:
+        """Window `number` as a training sequence; see `read`."""
+        read, begun = self.read(number)
         tokens, targets = read[None, :-1], read[None, 1:]
         if not self.starts:
             return Sequences(tokens, targets)
         # The first token of a document is not predicted from the one before.
-        begun = self.starts[which].within(start + 1, start + self.seq_len + 1) - start
         targets = targets.copy()
         targets[0, begun - 1] = NOTHING
         edges = [0, *begun[begun < self.seq_len].tolist(), self.seq_len]

@@ -14,6 +14,8 @@ from .text import (
     text_stream as text_stream,
 )
 from .tokenizer import (
+    FileTokenizer as FileTokenizer,
     corpus_notes as corpus_notes,
     exported_tokenizer as exported_tokenizer,
+    load_tokenizer as load_tokenizer,
 )

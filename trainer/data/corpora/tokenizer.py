@@ -84,6 +84,10 @@ class FileTokenizer:
         encodings = self.model.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
 
 def load_tokenizer(name: str, *, key: str = "data.tokenizer", end_of_text: str = "") -> Tokenizer:
     """The tokenizer "bytes", or that of a `tokenizer.json` file.

@@ -40,6 +40,13 @@ Dtype = Annotated[
     ),
 ]
 
+OtherWeights = Annotated[
+    str,
+    typer.Option(
+        help="A kind of state in the weights' place: ema (see optimizer.ema).", metavar="KIND"
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -71,6 +78,7 @@ def convert(
         typer.Option(help="A folder with config.json and tokenizer files for a source without."),
     ] = None,
     dtype: Dtype = "",
+    weights: OtherWeights = "",
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     memory_limit: Annotated[
         str,
@@ -93,6 +101,7 @@ def convert(
         rules=rules,
         values=dict(map(_value, value)),
         model_files=model_files,
+        weights=weights,
         memory_bytes=parse_bytes(memory_limit),
     )
     require_processes(workers, f"--workers {workers}")

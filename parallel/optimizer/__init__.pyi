@@ -24,6 +24,7 @@ from .parameter_buffer import (
     Segment as Segment,
 )
 from .rules import (
+    AVERAGE as AVERAGE,
     MASTER as MASTER,
     OPTIMIZERS as OPTIMIZERS,
     BlockUpdate as BlockUpdate,
@@ -32,6 +33,7 @@ from .rules import (
     ParameterGroups as ParameterGroups,
     StateFormat as StateFormat,
     matched_by_none as matched_by_none,
+    rule_of as rule_of,
 )
 from .shadow_state import (
     ShadowCopies as ShadowCopies,

@@ -90,6 +90,8 @@ class OptimizerConfig(_Table, frozen=True):
     moments_dtype: Literal["auto", "bf16"] = "auto"
     """The type of what is kept beside master values; "auto": theirs. "bf16" is rounded to the
     nearest after each update."""
+    ema: float = 0.0
+    """The share of the moving average of the weights that stays in an update; 0: there is none."""
     block_elements: int = 1048576
 
     @property
@@ -135,6 +137,12 @@ def moment_problems(optimizer: OptimizerConfig) -> Iterator[str]:
                 f"{optimizer.moments_dtype!r}: a moment that falls by less than half of its last "
                 f"bit never falls; use at most {_MOST_BETA}, or leave moments_dtype out"
             )
+
+
+def average_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    """The broken rules of the average of the weights. Pure."""
+    if optimizer.ema == 1:
+        yield "optimizer.ema = 1: the average would never change; use less than 1, such as 0.999"
 
 
 def group_problems(optimizer: OptimizerConfig, names: Sequence[str]) -> Iterator[str]:

@@ -92,6 +92,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "decay_steps": _STEPS,
         "eps": Range(0, 1e30, is_open=True),
         "weight_decay": Range(0, 1e30),
+        "ema": Range(0, 1),
         "block_elements": Range(1, 2**40),
     },
     "numerics": {

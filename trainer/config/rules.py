@@ -17,6 +17,7 @@ from holdfast.trainer.config.data_section import check_data_config, validation_n
 from holdfast.trainer.config.extent import extent_problems, parameter_names
 from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.optimizer_section import (
+    average_problems,
     group_problems,
     moment_problems,
     stage_problems,
@@ -148,6 +149,7 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         )
     yield from stage_problems(config.optimizer)
     yield from moment_problems(config.optimizer)
+    yield from average_problems(config.optimizer)
 
 
 def _data(config: RunConfig) -> Iterator[str]:

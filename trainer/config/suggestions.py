@@ -74,7 +74,7 @@ _NAMES: Mapping[str, str] = {
         "tensor_model_parallel_size"
     ),
     "parallel.pipeline": (
-        "pp pp_size pipeline_parallel stages pipeline_parallel_degree "
+        "pp pp_size pipeline_parallel pipeline_parallel_degree "
         "pipeline_parallel_size pipeline_model_parallel_size"
     ),
     "parallel.data": (

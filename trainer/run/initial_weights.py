@@ -13,7 +13,7 @@ from holdfast.checkpoint.format import MANIFEST, WEIGHT, Manifest, expanded, sch
 from holdfast.checkpoint.model_config import read_config
 from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.parallel.optimizer import StateFormat
+from holdfast.parallel.optimizer import AVERAGE, StateFormat
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig, advice_to_allow, refused_changes
@@ -60,7 +60,7 @@ def take_first_weights(root: Path, config: RunConfig, say: Callable[[str], None]
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
     """Whether a checkpoint holds optimizer state; one converted from weights alone does not.
 
-    Nor does one of another optimizer, or with moments of another precision.
+    Nor does one of another optimizer, with moments of another precision, or without an average.
     """
     saved = manifest.config.get("optimizer", {}).get("name", form.rule.name)
     if saved != form.rule.name:
@@ -68,10 +68,18 @@ def has_state(manifest: Manifest, form: StateFormat) -> bool:
     kinds = {kind.name for kind in form.rule.kinds}
     if not kinds:
         return not is_converted(manifest)
+    if lacks_average(manifest, form):
+        return False
     return any(
         entry.kind in kinds and entry.dtype == form.precision_of(entry.kind).stored
         for entry in manifest.tensors.values()
     )
+
+
+def lacks_average(manifest: Manifest, form: StateFormat) -> bool:
+    """Whether a run keeps an average of the weights, and a checkpoint has none."""
+    wanted = AVERAGE in (kind.name for kind in form.rule.kinds)
+    return wanted and all(entry.kind != AVERAGE for entry in manifest.tensors.values())
 
 
 def is_converted(manifest: Manifest) -> bool:

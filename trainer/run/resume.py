@@ -46,6 +46,7 @@ from holdfast.trainer.run.initial_weights import (
     first_weights,
     has_state,
     is_converted,
+    lacks_average,
 )
 from holdfast.trainer.run.memory_copies import memory_root
 from holdfast.trainer.step import rate_of, state_format
@@ -227,6 +228,9 @@ def check_same_run(
     changed = {
         key: f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing
     }
+    if config.optimizer.ema and lacks_average(manifest, state_format(config)):
+        key = "optimizer.ema"
+        changed[key] = f"{key} = {config.optimizer.ema} (the checkpoint has no average)"
     if refused := refused_changes(changed, allow_change):
         told = "; ".join(changed[key] for key in refused)
         raise ConfigError(
@@ -236,7 +240,7 @@ def check_same_run(
     if any(key.startswith("model.") for key in changed):
         check_tensors(manifest, config, where)
     notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
-    if not changed.keys().isdisjoint(OF_THE_STATE):
+    if not changed.keys().isdisjoint((*OF_THE_STATE, "optimizer.ema")):
         notes.append("starts from the checkpoint's weights, at step 0: other optimizer state")
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
         if key in changed:

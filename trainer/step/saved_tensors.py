@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from holdfast.checkpoint.format import WEIGHT, HeldBox, Manifest, SavedTensor, full_name
 from holdfast.parallel.layout import Box
-from holdfast.parallel.optimizer import OPTIMIZERS, StateFormat
+from holdfast.parallel.optimizer import StateFormat, rule_of
 from holdfast.parallel.plan import Plan, block_box, keepers, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
@@ -28,7 +28,7 @@ def state_format(config: RunConfig) -> StateFormat:
     optimizer = config.optimizer
     precision = PRECISIONS[config.train.precision]
     moments = None if optimizer.moments_dtype == "auto" else PRECISIONS[optimizer.moments_dtype]
-    return StateFormat(OPTIMIZERS[optimizer.name], precision, optimizer.state == "host", moments)
+    return StateFormat(rule_of(optimizer), precision, optimizer.state == "host", moments)
 
 
 def saved_tensors(

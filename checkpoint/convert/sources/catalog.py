@@ -25,7 +25,7 @@ from holdfast.checkpoint.convert.rules import (
 )
 from holdfast.checkpoint.convert.sources.model_files import carried_files
 from holdfast.checkpoint.convert.sources.quantised import find_scales, without_quantisation
-from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
+from holdfast.checkpoint.format import BUFFER, STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
 from holdfast.parallel.reading import parse_json
@@ -112,6 +112,27 @@ class Catalog:
     def has_states_of(self, rule: OptimizerRule[Any]) -> bool:
         """Whether there are states of all kinds that an optimizer keeps, maybe beside others."""
         return {kind.name for kind in rule.kinds}.issubset(self.state_kinds())
+
+    def take_for_weights(self, kind: str) -> str:
+        """Put the states of a kind in the weights' place; all other states are left out.
+
+        Returns:
+            The type that the weights had.
+        Raises:
+            CheckpointError: a weight has no state of the kind.
+        """
+        weights = {tensor.name: tensor for tensor in self.of_kind(WEIGHT)}
+        taken = {t.name: replace(t, kind=WEIGHT) for t in self.states() if t.kind == kind}
+        if missing := [name for name in weights if name not in taken]:
+            raise CheckpointError(
+                f"{self.root} has no {kind!r} of {missing[0]}; its kinds of state are "
+                f"{', '.join(self.state_kinds()) or 'none'}"
+            )
+        for tensor in self.tensors:
+            if tensor.kind not in (WEIGHT, BUFFER, kind):
+                self.left_out[tensor.full_name] = f"{kind} takes the weights' place"
+        self.tensors = [*taken.values(), *self.of_kind(BUFFER)]
+        return next(iter(weights.values())).dtype if weights else ""
 
     def leave_out_groups(self) -> None:
         """Tell that the run's groups of parameters are not written, if it has any."""

@@ -47,6 +47,8 @@ class Conversion:
     """Values for the rules, by name."""
     model_files: Path | None = None
     """A folder with config.json and tokenizer files, for a source that has none."""
+    weights: str = ""
+    """The kind of state that takes the weights' place: "ema"; "": none."""
     memory_bytes: int = MEMORY_BYTES
     """The memory for tensors under way in all workers, in bytes."""
 
@@ -138,9 +140,7 @@ def prepare(conversion: Conversion) -> PreparedConversion:
     try:
         catalog = format_named(name).read(conversion.source, options)
         check_described(catalog)
-        output = format_named(conversion.to).plan(
-            catalog, WriteOptions(conversion.dtype, conversion.values)
-        )
+        output = format_named(conversion.to).plan(catalog, _write_options(conversion, catalog))
     except OSError as error:
         place = error.filename or conversion.source
         raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
@@ -153,6 +153,12 @@ def prepare(conversion: Conversion) -> PreparedConversion:
             f"{type(error).__name__}: {shown(str(error))}"
         ) from error
     return PreparedConversion(catalog, output, _fingerprint(conversion, catalog, output))
+
+
+def _write_options(conversion: Conversion, catalog: Catalog) -> WriteOptions:
+    """The options of the output, once another kind of state has taken the weights' place."""
+    trained = catalog.take_for_weights(conversion.weights) if conversion.weights else ""
+    return WriteOptions(conversion.dtype or trained, conversion.values)
 
 
 def _fingerprint(conversion: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
@@ -170,6 +176,7 @@ def _fingerprint(conversion: Conversion, catalog: Catalog, output: Output) -> di
         "from": catalog.format,
         "to": conversion.to,
         "dtype": conversion.dtype,
+        **({"weights": conversion.weights} if conversion.weights else {}),
         "values": dict(conversion.values),
         "model_files": str(conversion.model_files or ""),
         "rules": rules_text(conversion.rules) if conversion.rules is not None else "",

@@ -5,8 +5,10 @@ from .groups import (
 )
 from .registry import (
     OPTIMIZERS as OPTIMIZERS,
+    rule_of as rule_of,
 )
 from .rule import (
+    AVERAGE as AVERAGE,
     MASTER as MASTER,
     BlockUpdate as BlockUpdate,
     OptimizerRule as OptimizerRule,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.parallel.optimizer.rules.adamw import ADAMW
+from holdfast.parallel.optimizer.rules.average import with_average
 from holdfast.parallel.optimizer.rules.lion import LION
 from holdfast.parallel.optimizer.rules.muon import MUON
 from holdfast.parallel.optimizer.rules.rule import OptimizerRule
@@ -15,3 +16,9 @@ OPTIMIZERS: Mapping[str, OptimizerRule[Any]] = {
     rule.name: rule for rule in (ADAMW, MUON, LION, SGD)
 }
 """The optimizers by the value of `optimizer.name`."""
+
+
+def rule_of(section: Any) -> OptimizerRule[Any]:
+    """The optimizer that an `[optimizer]` section names, with the average if it asks for one."""
+    rule = OPTIMIZERS[section.name]
+    return with_average(rule, section.ema) if section.ema else rule

@@ -24,6 +24,9 @@ MASTER = "master"
 They are the parameters themselves, or a copy if the parameters have fewer bits.
 """
 
+AVERAGE = "ema"
+"""The kind of the moving average of master values, which any optimizer may keep."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateKind:
@@ -128,7 +131,7 @@ class StateFormat:
     on_host: bool = False
     """Whether the owned state lies in host memory, and is updated there."""
     moments: Precision | None = None
-    """The precision of the rule's kinds; None: that of the state."""
+    """The precision of the rule's kinds but the average; None: that of the state."""
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -143,7 +146,7 @@ class StateFormat:
     def precision_of(self, kind: str) -> Precision:
         """The precision of a kind's values."""
         full = self.precision.state
-        return full if kind == MASTER else self.moments or full
+        return full if kind in (MASTER, AVERAGE) else self.moments or full
 
     @property
     def held_bytes(self) -> int:

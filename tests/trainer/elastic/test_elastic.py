@@ -225,13 +225,14 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cl
     assert [event["rank"] for event in run.events("rank_lost")] == [3, 0]
 
 
-def test_kills_change_no_bit_of_matrices_groups_and_rounded_moments(
+def test_kills_change_no_bit_of_matrices_groups_moments_and_averages(
     start: Starter, cluster: Cluster
 ) -> None:
     train, model = {"steps": 10, "global_batch": BATCH, "precision": "bf16"}, {"layers": 4}
     optimizer = {
         "name": "muon",
         "moments_dtype": "bf16",
+        "ema": 0.9,
         "groups": [{"match": "*k_proj*", "lr": 3e-3}, {"match": "lm_head*", "weight_decay": 0.0}],
     }
     sections = {"train": train, "model": model, "optimizer": optimizer}

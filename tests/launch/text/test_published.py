@@ -33,7 +33,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gpt2": ("GPT2", GPT2 | {"n_positions": CONTEXT}),
     "mixtral": ("Mixtral", EXPERTS),
-    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 24}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 """By family: the name of transformers' classes, and keys that are unlike the defaults."""
 

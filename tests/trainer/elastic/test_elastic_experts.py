@@ -1,0 +1,56 @@
+"""Ranks that have experts are lost and replaced within the step; no bit changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import Starter, bits_of, fault, pace
+from support.runs.small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
+
+SECTIONS: dict[str, Any] = {
+    "model": {
+        "family": "qwen3_moe",
+        "layers": 2,
+        "kv_heads": 2,
+        "experts": 16,
+        "experts_per_token": 2,
+        "expert_intermediate": 24,
+        "router_aux_loss_coef": 0.1,
+    },
+    "train": {"steps": 9, "global_batch": 6, "seq_len": 32},
+    "numerics": {"tensor_shards": 4},
+}
+KILLS = [(1, 2, "compute"), (6, 4, "backward"), (3, 6, "reduce")]
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(**SECTIONS)))
+
+
+@pytest.mark.parametrize("respawn", [True, False], ids=["replaced", "not replaced"])
+def test_three_of_eight_ranks_with_experts_are_lost(
+    start: Starter, expected: dict[str, Any], respawn: bool
+) -> None:
+    """Each tensor rank has 4 of 16 experts; smaller groups have theirs too."""
+    run = start(
+        **SECTIONS,
+        parallel={"tensor": 4, "data": 2},
+        elastic=pace(
+            {
+                "respawn": respawn,
+                "local_nodes": 4,
+                "chaos": [fault("kill", rank, step, phase) for rank, step, phase in KILLS],
+            },
+            0.3,
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert len(run.events("rank_lost")) >= 3
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))

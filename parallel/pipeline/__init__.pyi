@@ -10,6 +10,7 @@ from .executor import (
 )
 from .model_chunk import (
     Chunk as Chunk,
+    LoadKey as LoadKey,
     MicroBatchContext as MicroBatchContext,
     Passage as Passage,
     WeightGradientQueue as WeightGradientQueue,

@@ -22,6 +22,17 @@ class Passage(NamedTuple):
     """Which of the equal parts of its sequences; None: all of them."""
 
 
+class LoadKey(NamedTuple):
+    """The tokens of which a router has counted the choices."""
+
+    layer: int
+    part: int
+    """The part of the parameters that has the tokens."""
+    micro_batch: int
+    number: int
+    """The slice."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatchContext:
     """The properties of the micro-batch that a chunk computes, or of a stretch of it."""
@@ -38,6 +49,8 @@ class MicroBatchContext:
     """The slices of its sequences, of which the pass computes this rank's own."""
     kept: dict[object, Any] = field(default_factory=dict)
     """What a module keeps for other stretches of the micro-batch, by itself."""
+    loads: dict[LoadKey, Tensor] = field(default_factory=dict)
+    """What routers note in training: the choices of each expert, int64[experts]."""
 
 
 class GradientSink(Protocol):

@@ -10,6 +10,7 @@ from .compilation import (
 from .family import (
     FAMILIES as FAMILIES,
     RegionSizes as RegionSizes,
+    experts_of as experts_of,
     family_of as family_of,
     layer_specs as layer_specs,
     windows_of as windows_of,

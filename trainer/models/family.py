@@ -151,6 +151,11 @@ def family_of(name: str) -> Family[Any]:
     return importlib.import_module(FAMILIES[name]).FAMILY
 
 
+def experts_of(model: ModelConfig) -> int:
+    """The experts of a layer; 0: there are none. Pure."""
+    return family_of(model.family).experts(model)
+
+
 def windows_of(model: ModelConfig) -> Sequence[int]:
     """By layer, the keys that a query sees, itself included; 0: all. Empty: all. Pure."""
     return family_of(model.family).windows(model)

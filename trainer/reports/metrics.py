@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.parallel.output import content_of, json_lines, step_of
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics
@@ -42,6 +43,13 @@ class StepMetrics:
     param_norms: dict[str, float] = field(default_factory=dict)
     """The same of its parameters before the update."""
 
+    expert_load: dict[str, float] = field(default_factory=dict)
+    """By layer with experts, the choices of the one with most over the mean."""
+    expert_entropy: dict[str, float] = field(default_factory=dict)
+    """The entropy of the choices, as a share of that of even ones."""
+    experts_unused: dict[str, int] = field(default_factory=dict)
+    """The experts without a token."""
+
     def line(self) -> bytes:
         """The line of the file; numbers that JSON lacks become null."""
         fields: dict[str, Any] = asdict(self)
@@ -51,8 +59,42 @@ class StepMetrics:
         return (json.dumps(_finite(fields)) + "\n").encode()
 
 
-_LEFT_OUT = ("offload", "skipped", "validation", "validation_hex", "grad_norms", "param_norms")
+_LEFT_OUT = (
+    "offload",
+    "skipped",
+    "validation",
+    "validation_hex",
+    "grad_norms",
+    "param_norms",
+    "expert_load",
+    "expert_entropy",
+    "experts_unused",
+)
 """The keys that a line has only where there is something to say."""
+
+
+class ExpertLoad(NamedTuple):
+    """How the choices of a step are divided among the experts of a layer."""
+
+    most: float
+    """The choices of the expert with most, over the mean."""
+    entropy: float
+    """The entropy of the choices over that of even ones."""
+    unused: int
+    """The experts without a choice."""
+
+
+def load_of(choices: Sequence[int]) -> ExpertLoad:
+    """The load of a layer. Pure.
+
+    Args:
+        choices: of each expert; not all are 0.
+    """
+    total, count = sum(choices), len(choices)
+    shares = [number / total for number in choices if number]
+    entropy = -sum(share * math.log(share) for share in shares)
+    even = math.log(count) if count > 1 else 1.0
+    return ExpertLoad(max(choices) * count / total, entropy / even, choices.count(0))
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,7 @@ from holdfast.trainer.reports.checkpoint_events import (
 )
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.flops import step_flops, utilisation
-from holdfast.trainer.reports.metrics import StepMetrics
+from holdfast.trainer.reports.metrics import StepMetrics, load_of
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics, offload_metrics
 from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.run_console import RunConsole
@@ -114,6 +114,12 @@ class Reporter:
             extra["mfu(%)"] = 100 * mfu
         for name, norms in (("grad", metrics.grad_norms), ("param", metrics.param_norms)):
             extra |= {f"{name}_norm/{layer}": norm for layer, norm in norms.items()}
+        for tag, values in (
+            ("load", metrics.expert_load),
+            ("entropy", metrics.expert_entropy),
+            ("unused", metrics.experts_unused),
+        ):
+            extra |= {f"experts_{tag}/{layer}": value for layer, value in values.items()}
         if self._training.config.numerics.spike_window:
             extra["optim/step_skipped"] = float(bool(outcome.spike))
         for name, loss in evaluated.items():
@@ -142,6 +148,11 @@ class Reporter:
         norms = outcome.layer_norms
         names = [layer.name for layer in plan.layers] if norms else []
         layers = dict(zip(names, norms, strict=True))
+        loads = {
+            layer.name: load_of(choices)
+            for layer, choices in zip(plan.layers, outcome.loads, strict=bool(outcome.loads))
+            if any(choices)
+        }
         return StepMetrics(
             step=step,
             loss=outcome.loss,
@@ -159,6 +170,9 @@ class Reporter:
             validation_hex={name: loss.hex() for name, loss in evaluated.items()},
             grad_norms={name: norms[0] for name, norms in layers.items()},
             param_norms={name: norms[1] for name, norms in layers.items()},
+            expert_load={name: load.most for name, load in loads.items()},
+            expert_entropy={name: load.entropy for name, load in loads.items()},
+            experts_unused={name: load.unused for name, load in loads.items()},
             offload=self._offloaded(step, step_s),
         )
 

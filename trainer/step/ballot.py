@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
-from holdfast.parallel.pipeline import Passage
+from holdfast.parallel.pipeline import LoadKey, Passage
 from holdfast.trainer.step.progress import Outcome, Requests
 
 Losses = Mapping[Passage, Tensor]
@@ -24,6 +25,8 @@ Losses = Mapping[Passage, Tensor]
 one."""
 SliceLosses = dict[tuple[int, int], Tensor]
 """(micro-batch, slice) -> the sum of its token losses, a float64 scalar."""
+Loads = dict[LoadKey, Tensor]
+"""The choices of each expert of a layer, of a part of the tokens of a slice: int64[experts]."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
 REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
@@ -42,6 +45,8 @@ class BallotFormat:
     """The number of micro-batches of a step, times the slices of a sequence."""
     layers: tuple[int, ...] = ()
     """The layer of each block, in a step whose norms are noted; else empty."""
+    experts: tuple[int, int] = (0, 0)
+    """The layers of the model, and the experts of each."""
 
     def pack(
         self,
@@ -50,19 +55,26 @@ class BallotFormat:
         flags: int,
         requests: Requests,
         parameters: Tensor | None = None,
+        loads: Loads | None = None,
     ) -> Tensor:
-        """This rank's tensor: float64[squares + losses + len(MARKS)], and `squares` more for norms.
+        """This rank's tensor: float64[squares + losses + len(MARKS)], `squares` more for norms, and
+        one for each expert of each layer.
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
             parameters: the same of parameters, in a step whose norms are noted.
             losses: float64[losses], zero but for those that this rank reports.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
+            loads: those that this rank reports.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
         marks |= {name: getattr(requests, name) for name in REQUESTS}
         counts = torch.tensor([marks[name] for name in MARKS], dtype=torch.float64)
-        return torch.cat([squares, losses, counts, *([] if parameters is None else [parameters])])
+        of_experts = torch.zeros(self.experts, dtype=torch.float64)
+        for key, load in (loads or {}).items():
+            of_experts[key.layer] += load.to(of_experts)
+        norms = [] if parameters is None else [parameters]
+        return torch.cat([squares, losses, counts, *norms, of_experts.flatten()])
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
         """The outcome of the sum of all ranks' tensors; equal on all ranks, bit for bit.
@@ -73,7 +85,9 @@ class BallotFormat:
         values = summed.tolist()
         squares, rest = values[: self.squares], values[self.squares :]
         counts = {name: int(rest[self.losses + place]) for place, name in enumerate(MARKS)}
-        parameters = rest[self.losses + len(MARKS) :]
+        asked = self.squares if self.layers else 0
+        parameters = rest[self.losses + len(MARKS) :][:asked]
+        loads = summed[len(values) - prod(self.experts) :].view(self.experts).long()
         finite = bool(torch.isfinite(summed[: self.squares]).all()) and not counts["nonfinite"]
         return Outcome(
             loss=mean_loss(rest[: self.losses], tokens),
@@ -83,6 +97,7 @@ class BallotFormat:
             requests=Requests(**{name: counts[name] > 0 for name in REQUESTS}),
             leaving_ranks=counts["leave"],
             layer_norms=layer_norms(squares, parameters, self.layers) if finite else (),
+            loads=tuple(map(tuple, loads.tolist())) if self.experts[1] else (),
         )
 
 

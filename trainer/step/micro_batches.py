@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from holdfast.parallel.comm import FlightRecorder
 from holdfast.parallel.layout import Slices
-from holdfast.parallel.pipeline import Batch, MicroBatchContext, Passage
+from holdfast.parallel.pipeline import Batch, LoadKey, MicroBatchContext, Passage
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 
@@ -67,6 +68,8 @@ class MicroBatches:
         self.predicted = max(1, data.predicted(step, global_batch=self._train.global_batch))
         """The number of tokens that the step predicts, over all replicas; 1 if it predicts none."""
         self._known: dict[int, _Known] = {}
+        self.loads: dict[LoadKey, Tensor] = {}
+        """What the routers of experts have counted in this step."""
 
     def context(self, passage: Passage) -> MicroBatchContext:
         """The context of what a chunk computes next."""
@@ -83,6 +86,7 @@ class MicroBatches:
             1.0 / self.predicted,
             self.slices if stretch is None else self._stretches[stretch],
             kept,
+            self.loads,
         )
 
     def _read(self, micro_batch: int) -> Batch:

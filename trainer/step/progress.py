@@ -61,6 +61,8 @@ class Outcome:
     layer_norms: tuple[tuple[float, float], ...] = ()
     """Of each layer, the norms of its gradients before clipping and of its parameters before the
     update; empty: they were not asked for."""
+    loads: tuple[tuple[int, ...], ...] = ()
+    """Of each layer, the choices of each of its experts in the step; empty: there are none."""
 
     @property
     def has_numbers(self) -> bool:

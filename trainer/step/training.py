@@ -32,7 +32,7 @@ from holdfast.parallel.plan import Plan, evaluation_program, shards, training_pr
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import Weights
+from holdfast.trainer.models import Weights, experts_of
 from holdfast.trainer.step.ballot import (
     BallotFormat,
     Losses,
@@ -305,7 +305,7 @@ class Training:
             raise error
         self.offloader.abort(str(error))
         self.executor.run_weight_parts()
-        included = self._in_flight.included(self._last_losses)
+        included = self._in_flight.included(self._last_losses, self._micro_batches.loads)
         self._in_flight.resume(step, included, self._in_flight)
         self._start(step, self.data, training=True)
         self._in_flight.begin(step, lambda: None)
@@ -329,7 +329,7 @@ class Training:
         if not self._micro_batches.training or self.progress.decided != step:
             return {}
         self.executor.run_weight_parts()
-        return self._in_flight.included(self._last_losses)
+        return self._in_flight.included(self._last_losses, self._micro_batches.loads)
 
     def resume_step(self, step: int, included: Included, before: Training | None) -> None:
         """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
@@ -368,8 +368,10 @@ class Training:
         layers = self._block_layers if every and (self._in_flight.step + 1) % every == 0 else ()
         if layers:
             parameters = self.optimizer.parameter_squares()
-        ballot = BallotFormat(self.optimizer.slots, len(slots), layers)
-        summed = ballot.pack(squares, slots, flags, requests, parameters)
+        loads = self._in_flight.reported_loads(self._micro_batches.loads)
+        experts = (len(self.plan.layers), experts_of(self.config.model))
+        ballot = BallotFormat(self.optimizer.slots, len(slots), layers, experts)
+        summed = ballot.pack(squares, slots, flags, requests, parameters, loads)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)

@@ -18,7 +18,7 @@ from holdfast.parallel.expert_parallel import (
     expert_products,
     logits_of,
 )
-from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
+from holdfast.parallel.pipeline import LoadKey, MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import TensorParallel, in_slice
 from holdfast.trainer.models.decoder.norms import Queues
 from holdfast.trainer.models.decoder.section import DecoderConfig, ExpertDesign
@@ -43,11 +43,12 @@ class Experts(nn.Module):
         self,
         model: DecoderConfig,
         design: ExpertDesign,
+        layer: int,
         tp: TensorParallel,
         queue: WeightGradientQueue,
     ) -> None:
         super().__init__()
-        self._tp, self._queue, self._design = tp, queue, design
+        self._tp, self._queue, self._design, self._layer = tp, queue, design, layer
         self._router = Router(design.per_token, normalizes=design.normalizes)
         self.router = nn.Parameter(torch.empty(design.count, model.hidden))
         parts = len(tp.own_parts)
@@ -73,9 +74,13 @@ class Experts(nn.Module):
             decisions: the choices of slices that are computed again; others are added.
         """
         flat = value.flatten(0, 1)
+        is_new = number not in decisions
         choices = self._choices(value, number, decisions.get(number))
         decisions[number] = choices.experts
-        weights = self._with_losses(choices, value, context, number)
+        counted = self._counted(context, number, value)
+        if context.training and is_new:
+            self._note(choices, counted, context, number)
+        weights = self._with_losses(choices, value, counted, context)
         count, per_token = self._design.count, self._design.per_token
         way = dispatch(choices.experts, count, self._tp.group, value.dtype)
         gate_up, down = (
@@ -99,15 +104,25 @@ class Experts(nn.Module):
             return found[0]
         return Choices(*(torch.cat(values) for values in zip(*map(_fields, found), strict=True)))
 
+    def _note(
+        self, choices: Choices, counted: Tensor, context: MicroBatchContext, number: int
+    ) -> None:
+        """Note how many tokens of each own part each expert has, padding left out."""
+        per_part = len(choices.experts) // len(self._tp.own_parts)
+        for place, part in enumerate(self._tp.own_parts):
+            own = counted[counted // per_part == place]
+            chosen = choices.experts[own].flatten()
+            key = LoadKey(self._layer, part, context.micro_batch, number)
+            context.loads[key] = torch.bincount(chosen, minlength=self._design.count)
+
     def _with_losses(
-        self, choices: Choices, value: Tensor, context: MicroBatchContext, number: int
+        self, choices: Choices, value: Tensor, counted: Tensor, context: MicroBatchContext
     ) -> Tensor:
         """The weights of the choices, with the router's own losses in their gradient."""
         design, weights = self._design, choices.weights
         if not context.training or not (design.aux_loss or design.z_loss):
             return weights
         length, sequences = value.shape[:2]
-        counted = self._counted(context, number, value)
         rows = torch.arange(sequences, device=value.device).repeat(length)[counted]
         tokens = torch.bincount(rows, minlength=sequences)
         here = _some(choices, counted)

@@ -179,7 +179,7 @@ def module_builder(
         )
         attention = Attention(model, design, tp, queue, core)
         if design.experts is not None:
-            mlp: nn.Module = Experts(model, design.experts, tp, queue)
+            mlp: nn.Module = Experts(model, design.experts, layer, tp, queue)
         else:
             mlp = MLP(model, design, tp, queue, choose)
         return TransformerLayer(model, number, recompute, context, attention, mlp, choose)

@@ -54,7 +54,7 @@ class MicroBatches:
             recorder: the flight recorder, where reads are marked.
         """
         self._reading = partial(recorder.busy, "read", config.elastic.startup_grace_s)
-        self._train, self._device, self._reads = config.train, device, reads
+        self._train, self._device = config.train, device if reads else None
         self.slices = slices
         self._stretches = [slices.stretch(number, stretches) for number in range(stretches)]
         self.current = 0
@@ -75,7 +75,7 @@ class MicroBatches:
         """The context of what a chunk computes next."""
         self.current = micro_batch = passage.micro_batch
         if micro_batch not in self._known:
-            self._known[micro_batch] = _Known(self._read(micro_batch) if self._reads else None, {})
+            self._known[micro_batch] = _Known(self._read(micro_batch), {})
         batch, kept = self._known[micro_batch]
         stretch = passage.stretch
         return MicroBatchContext(
@@ -89,7 +89,9 @@ class MicroBatches:
             self.loads,
         )
 
-    def _read(self, micro_batch: int) -> Batch:
+    def _read(self, micro_batch: int) -> Batch | None:
+        if self._device is None:
+            return None
         with self._reading():
             read = self._data.batch(
                 self.step,

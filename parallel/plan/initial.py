@@ -28,9 +28,11 @@ MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = {
     "ascending": lambda numbers, _: numbers,
     "descending": lambda numbers, _: numbers[::-1],
     "shuffled": _shuffled,
+    "dealt": lambda numbers, _: numbers,
 }
 """By name, a function from (micro-batches of a replica, its index) to the order in which it takes
-them; the keys are the allowed values of `parallel.micro_batch_order`."""
+them. "dealt": replicas have no runs, but every so many micro-batches one, so that the first ones
+are spread over all. The keys are the allowed values of `parallel.micro_batch_order`."""
 
 
 def make_plan(
@@ -201,11 +203,27 @@ def split_micro_batches(
 
     Args:
         sizes: the number of ranks of each replica.
-        order: a name in `MICRO_BATCH_ORDERS`, for the order within each run.
+        order: a name in `MICRO_BATCH_ORDERS`, for the order within each run; "dealt": there are no
+            runs, and of the first numbers too each replica has about its share.
     """
+    counts = micro_batch_counts(count, sizes)
+    if order == "dealt":
+        return _dealt(counts)
     runs, start = [], 0
-    for replica, own in enumerate(micro_batch_counts(count, sizes)):
+    for replica, own in enumerate(counts):
         numbers = list(range(start, start + own))
         runs.append(tuple(MICRO_BATCH_ORDERS[order](numbers, replica)))
         start += own
     return tuple(runs)
+
+
+def _dealt(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Numbers dealt to replicas in turn: each next one to the replica that is due it first."""
+    heap = [(Fraction(1, own), replica) for replica, own in enumerate(counts) if own]
+    heapq.heapify(heap)
+    hands: list[list[int]] = [[] for _ in counts]
+    for number in range(sum(counts)):
+        due, replica = heap[0]
+        hands[replica].append(number)
+        heapq.heapreplace(heap, (due + Fraction(1, counts[replica]), replica))
+    return tuple(map(tuple, hands))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from holdfast.trainer.config import RunConfig, convert_config
+from holdfast.trainer.config.sections import BatchStage
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
@@ -125,6 +126,7 @@ def plain_loop() -> list[StepRecord]:
 
 def plain_records(
     skips: Callable[[list[StepRecord]], bool] = lambda records: False,
+    sizes: list[int] | None = None,
 ) -> list[StepRecord]:
     config = fifty_steps()
     model, train, optimizer = config.model, config.train, config.optimizer
@@ -142,8 +144,9 @@ def plain_records(
     data = open_dataset(config.data, vocab=model.vocab, seq_len=train.seq_len, seed=train.seed)
 
     def batches(step: int) -> Tensor:
-        first = step * train.global_batch
-        rows = [windows_of(data.sample(first + row)) for row in range(train.global_batch)]
+        own = sizes or [train.global_batch] * train.steps
+        first = sum(own[:step])
+        rows = [windows_of(data.sample(first + row)) for row in range(own[step])]
         return torch.from_numpy(np.concatenate(rows))
 
     def rate(step: int) -> float:
@@ -213,6 +216,20 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
         training.vote(*training.reduce())
         training.apply(rate_of(run_config, step))
     return training.evaluate()["held_out"]
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_fifty_steps_of_a_growing_batch_equal_a_plain_loop(cluster: Cluster) -> None:
+    plain = plain_records(sizes=[4] * 20 + [8] * 30)
+    config = fifty_steps(parallel={"data": 2})
+    ramp = [BatchStage(until=20, global_batch=4)]
+    train = msgspec.structs.replace(config.train, batch_ramp=ramp)
+    grown = msgspec.structs.replace(config, train=train)
+    ours = run_training(cluster, grown)
+    for record, loss, norm in zip(plain, ours["losses"], ours["norms"], strict=True):
+        assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
+        assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)
 
 
 @pytest.mark.mp

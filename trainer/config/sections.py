@@ -21,6 +21,15 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One table of the TOML file; unknown keys are errors."""
 
 
+class BatchStage(Section, frozen=True):
+    """The first steps of a run with a smaller batch: a `[[train.batch_ramp]]` table."""
+
+    until: int
+    """The steps that are done when it ends."""
+    global_batch: int
+    """Sequences per step before that."""
+
+
 class TrainConfig(Section, frozen=True):
     """The length of the training, and the computation of a micro-batch. A field for each key."""
 
@@ -30,6 +39,8 @@ class TrainConfig(Section, frozen=True):
     seq_len: int = 128
     global_batch: int = 16
     """Sequences per step, over all replicas; never changes with the number of ranks."""
+    batch_ramp: list[BatchStage] = []
+    """Smaller batches of the first steps: [[train.batch_ramp]] tables."""
     micro_batch: int = 2
     seed: int = 1234
     precision: str = "fp32"
@@ -58,6 +69,19 @@ class TrainConfig(Section, frozen=True):
     """Steps between evaluations on held-out data; 0: none."""
     eval_batches: int = 8
     """Global batches per evaluation."""
+
+    def batch_of(self, step: int) -> int:
+        """The sequences of a step, counted from 0. Pure."""
+        found = (stage.global_batch for stage in self.batch_ramp if step < stage.until)
+        return next(found, self.global_batch)
+
+    def samples_before(self, step: int) -> int:
+        """The sequences of all steps before one, counted from 0. Pure."""
+        begun = found = 0
+        for stage in self.batch_ramp:
+            found += (max(begun, min(step, stage.until)) - begun) * stage.global_batch
+            begun = max(begun, min(step, stage.until))
+        return found + (step - begun) * self.global_batch
 
 
 class NumericsConfig(Section, frozen=True):

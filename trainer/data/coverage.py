@@ -35,13 +35,15 @@ class Coverage:
     seq_len: int
     steps: int
     global_batch: int
+    samples: int
+    """The sequences that all steps read."""
     by_path: tuple[tuple[str, float], ...] = ()
     """With stages of a mixture: how often the run reads what each path names."""
 
     @property
     def epochs(self) -> float | None:
         """How often the run reads the data; None if `sequences` is."""
-        return self.steps * self.global_batch / self.sequences if self.sequences else None
+        return self.samples / self.sequences if self.sequences else None
 
     def line(self) -> str:
         """The data in a line for a person, with what is odd about its size."""
@@ -82,7 +84,7 @@ def coverage_of(config: RunConfig, training: Dataset) -> Coverage:
     found = _coverage(config, source_of(config), known)
     if not config.data.stages:
         return found
-    taken = training.corpora_taken(config.train.steps * config.train.global_batch)
+    taken = training.corpora_taken(config.train.samples_before(config.train.steps))
     epochs = (count / size for size, count in taken)
     return replace(found, by_path=tuple(zip(config.data.path, epochs, strict=True)))
 
@@ -124,7 +126,8 @@ def source_of(config: RunConfig) -> str:
 
 def _coverage(config: RunConfig, source: str, sequences: int | None) -> Coverage:
     train = config.train
-    return Coverage(source, sequences, train.seq_len, train.steps, train.global_batch)
+    samples = train.samples_before(train.steps)
+    return Coverage(source, sequences, train.seq_len, train.steps, train.global_batch, samples)
 
 
 @dataclass(frozen=True, slots=True)

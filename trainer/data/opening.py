@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, assert_never
 
 import numpy as np
@@ -21,15 +22,24 @@ from holdfast.trainer.data.windows import (
     window_samples,
 )
 
+StepSamples = Callable[[int], int]
+"""The number of samples of all steps before one, counted from 0."""
+
 
 def open_samples(
-    data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str, global_batch: int = 0
+    data: DataConfig,
+    *,
+    vocab: int,
+    seq_len: int,
+    seed: int,
+    split: str,
+    before: StepSamples | None = None,
 ) -> Samples:
     """The samples of one split; see `holdfast.trainer.data.open_dataset`.
 
     Raises:
         DataError: the data cannot be used.
-        ValueError: the split is unknown, `seq_len` is below 1, or stages lack `global_batch`.
+        ValueError: the split is unknown, `seq_len` is below 1, or stages lack `before`.
     """
     check_data_config(data)
     check_split(split)
@@ -56,9 +66,9 @@ def open_samples(
     sources = tuple(cut((part,), f"{split} {number}") for number, part in enumerate(parts))
     if not data.stages or split != "train":
         return mixture_samples(sources, data.weights)
-    if global_batch < 1:
-        raise ValueError("data.stages begin at steps: say how many sequences a step has")
-    firsts = [(stage.start * global_batch, stage.weights) for stage in data.stages]
+    if before is None:
+        raise ValueError("data.stages begin at steps: say how many samples there are before one")
+    firsts = [(before(stage.start), stage.weights) for stage in data.stages]
     return staged_samples(sources, [(0, data.weights), *firsts])
 
 
@@ -114,7 +124,7 @@ def open_dataset(
     seq_len: int,
     seed: int,
     split: str = "train",
-    global_batch: int = 0,
+    before: StepSamples | None = None,
 ) -> Dataset:
     """The samples of one split, equal on every rank. Local; no communication.
 
@@ -124,13 +134,11 @@ def open_dataset(
         seq_len: tokens per training sequence; a sample has one more, the last target.
         seed: the key of the order of samples (and, for synthetic data, of their content).
         split: "train" or "eval"; the two share no token.
-        global_batch: the sequences of a step; needed with `data.stages`, which begin at steps.
+        before: the number of samples before a step; needed with `data.stages`, which begin there.
 
     Raises:
         DataError: the data is missing, unreadable, empty, too short, or beyond the vocabulary.
     """
     return SampledDataset(
-        open_samples(
-            data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, global_batch=global_batch
-        )
+        open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, before=before)
     )

@@ -144,7 +144,8 @@ class Reporter:
         evaluated: Mapping[str, float],
     ) -> StepMetrics:
         """The line of metrics.jsonl for a step, counted from 1."""
-        tokens, plan = self._training.step_tokens, self._training.plan
+        train, plan = self._training.config.train, self._training.plan
+        tokens = train.batch_of(step - 1) * train.seq_len
         norms = outcome.layer_norms
         names = [layer.name for layer in plan.layers] if norms else []
         layers = dict(zip(names, norms, strict=True))
@@ -160,7 +161,7 @@ class Reporter:
             grad_norm=outcome.grad_norm,
             grad_norm_hex=outcome.grad_norm.hex(),
             lr=lr,
-            tokens=step * tokens,
+            tokens=train.samples_before(step) * train.seq_len,
             step_s=step_s,
             tokens_per_s=tokens / step_s,
             world=plan.stage_replicas.size,
@@ -246,7 +247,7 @@ class Reporter:
             step=step,
             seconds=loaded.seconds,
             read_bytes=loaded.node_bytes,
-            samples=step * self._training.config.train.global_batch,
+            samples=self._training.config.train.samples_before(step),
         )
         self._note(
             f"resumed after step {step}: {loaded.node_bytes / 2**20:,.0f} MiB read in "
@@ -328,7 +329,9 @@ class Reporter:
         device = self._training.device
         if device.type != "cuda":
             return None
-        flops = step_flops(self._training.plan.layers, self._training.step_micro_batches)
+        train = self._training.config.train
+        micro_batches = train.batch_of(self._reported - 1) // train.micro_batch
+        flops = step_flops(self._training.plan.layers, micro_batches)
         name = torch.cuda.get_device_name(device)
         return utilisation(flops, step_s, self._world.world_size, name)
 

@@ -54,7 +54,7 @@ class RunConsole:
         """
         self._losses.append(metrics.loss)
         self._step_times.append(metrics.step_s)
-        self._step_tokens = metrics.tokens / metrics.step
+        self._step_tokens = metrics.tokens_per_s * metrics.step_s
         self._evaluated = metrics.validation or self._evaluated
         recent_s = statistics.median(self._step_times[-_RECENT:])
         self.display.show(

@@ -58,6 +58,7 @@ MUST_MATCH = (
     "data.",
     "train.seq_len",
     "train.global_batch",
+    "train.batch_ramp",
     "train.micro_batch",
     "train.seed",
     "train.precision",
@@ -333,7 +334,7 @@ def _moved_data(saved: dict[str, Any], config: RunConfig) -> str:
         seq_len=seq_len,
         seed=seed,
         split="train",
-        global_batch=config.train.global_batch,
+        before=config.train.samples_before,
     ).fingerprint
 
 

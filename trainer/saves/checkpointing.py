@@ -220,8 +220,8 @@ class Checkpoints:
             scalars={
                 "step": step,
                 "optimizer_step": training.optimizer.step,
-                "samples": step * config.train.global_batch,
-                "tokens": step * training.step_tokens,
+                "samples": config.train.samples_before(step),
+                "tokens": config.train.samples_before(step) * config.train.seq_len,
                 "seed": config.train.seed,
                 FINGERPRINT: training.data.fingerprint,
                 CERTIFICATE: json.dumps(self._certificate),

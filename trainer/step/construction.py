@@ -88,7 +88,7 @@ def open_split(config: RunConfig, split: str) -> Dataset:
         seq_len=config.train.seq_len,
         seed=config.data.seed or config.train.seed,
         split=split,
-        global_batch=config.train.global_batch,
+        before=config.train.samples_before,
     )
 
 

@@ -65,7 +65,7 @@ class MicroBatches:
         """Begin another step (counted from 0), or another batch of an evaluation."""
         self.step, self.training, self._data = step, training, data
         self.current = 0
-        self.predicted = max(1, data.predicted(step, global_batch=self._train.global_batch))
+        self.predicted = max(1, self._predicted())
         """The number of tokens that the step predicts, over all replicas; 1 if it predicts none."""
         self._known: dict[int, _Known] = {}
         self.loads: dict[LoadKey, Tensor] = {}
@@ -92,11 +92,34 @@ class MicroBatches:
     def _read(self, micro_batch: int) -> Batch | None:
         if self._device is None:
             return None
+        size = self._train.micro_batch
         with self._reading():
-            read = self._data.batch(
-                self.step,
-                micro_batch,
-                global_batch=self._train.global_batch,
-                micro_batch_size=self._train.micro_batch,
-            )
+            if self._is_ramped:  # as the only one of a step of its own size
+                unit = self._first_unit + micro_batch
+                read = self._data.batch(unit, 0, global_batch=size, micro_batch_size=size)
+            else:
+                batch = self._train.global_batch
+                read = self._data.batch(
+                    self.step, micro_batch, global_batch=batch, micro_batch_size=size
+                )
         return read.to(self._device)
+
+    @property
+    def _is_ramped(self) -> bool:
+        """Whether steps have batches of different sizes."""
+        return bool(self._train.batch_ramp) and self.training
+
+    @property
+    def _first_unit(self) -> int:
+        """The number of micro-batches of all steps before this one."""
+        return self._train.samples_before(self.step) // self._train.micro_batch
+
+    def _predicted(self) -> int:
+        train = self._train
+        if not self._is_ramped:
+            return self._data.predicted(self.step, global_batch=train.global_batch)
+        first, count = self._first_unit, train.batch_of(self.step) // train.micro_batch
+        return sum(
+            self._data.predicted(unit, global_batch=train.micro_batch)
+            for unit in range(first, first + count)
+        )

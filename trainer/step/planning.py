@@ -104,6 +104,9 @@ def shadows_in_host_memory(config: RunConfig, device: str) -> bool:
 
 def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: int = 0) -> Plan:
     parallel, train = config.parallel, config.train
+    order = parallel.micro_batch_order
+    if train.batch_ramp and order == "ascending":
+        order = "dealt"  # the micro-batches of a smaller batch are spread over all replicas
     plan = make_plan(
         layers,
         config.mesh,
@@ -112,7 +115,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         micro_batches=train.global_batch // train.micro_batch,
         block_elements=config.optimizer.block_elements,
         blocks_per_chunk=parallel.blocks_per_chunk or None,
-        micro_batch_order=parallel.micro_batch_order,
+        micro_batch_order=order,
         activation_headroom=config.elastic.activation_headroom,
         shard=parallel.shard,
         shard_group=parallel.shard_group,

@@ -124,6 +124,8 @@ class Training:
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in the background transfer to the next plan."""
         self._program = prepared(rank, lambda other: training_program(plan, other))
+        self._part: tuple[frozenset[int], PreparedProgram] | None = None
+        """The program of steps with a smaller batch, by their micro-batches."""
         self._in_flight = StepInFlight(
             plan, rank, self.model, self._program[0], self.progress.decided
         )
@@ -235,13 +237,8 @@ class Training:
 
     @property
     def step_micro_batches(self) -> int:
-        """The number of micro-batches of one step over all replicas."""
+        """The number of micro-batches of a step over all replicas, at most."""
         return self.config.train.global_batch // self.config.train.micro_batch
-
-    @property
-    def step_tokens(self) -> int:
-        """The number of tokens of one step over all replicas."""
-        return self.config.train.global_batch * self.config.train.seq_len
 
     def _start(self, step: int, data: Dataset, *, training: bool) -> None:
         self._micro_batches.begin(step, data, training=training)
@@ -260,12 +257,13 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        program = self._program
+        only = self._only_of(step)
+        program = self._program if only is None else self._part_of(only)
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             program = self._rest_of(step)
         self.optimizer.begin_step(self._offers(program[0]), lambda: at(step + 1, "exchange"))
         with self._layers_of(
-            partial(training_program, self.plan), lambda: at(step + 1, "prefetch")
+            partial(training_program, self.plan, only=only), lambda: at(step + 1, "prefetch")
         ):
             try:
                 return self.executor.run(*program)
@@ -287,6 +285,18 @@ class Training:
         yield
         if layers is not None:
             layers.end()
+
+    def _only_of(self, step: int) -> frozenset[int] | None:
+        """The micro-batches of a step with a smaller batch than the others; None: it has all."""
+        count = self.config.train.batch_of(step) // self.config.train.micro_batch
+        return None if count == self.step_micro_batches else frozenset(range(count))
+
+    def _part_of(self, only: frozenset[int]) -> PreparedProgram:
+        """The program of the first micro-batches, which is kept as long as steps have as many."""
+        if self._part is None or self._part[0] != only:
+            made = prepared(self.rank, lambda rank: training_program(self.plan, rank, only))
+            self._part = only, made
+        return self._part[1]
 
     def _rest_of(self, step: int) -> PreparedProgram:
         """The program of the micro-batches that the sums of an interrupted step lack."""
@@ -315,7 +325,8 @@ class Training:
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches of `step` that some rank's sums lack when it begins."""
-        return self._in_flight.missing(step, self.step_micro_batches)
+        train = self.config.train
+        return self._in_flight.missing(step, train.batch_of(step) // train.micro_batch)
 
     def included(self) -> Included:
         """After an interrupted step, the micro-batches in each parameter's sums here. Local.

@@ -47,7 +47,13 @@ _MOST_LINES = 20
 
 
 _WORK = ("model.", "train.", "optimizer.", "numerics.tensor_", "parallel.tensor")
-_NOT_THE_WORK = ("train.steps", "train.global_batch", "train.eval_", "train.activation_gib")
+_NOT_THE_WORK = (
+    "train.steps",
+    "train.global_batch",
+    "train.batch_ramp",
+    "train.eval_",
+    "train.activation_gib",
+)
 
 
 class TermsDiffer(ConfigError):

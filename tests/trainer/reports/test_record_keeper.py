@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.trainer.config.sections import TrainConfig
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.record_keeper import RecordKeeper
@@ -104,9 +105,10 @@ class Training:
         replicas = SimpleNamespace(ranks=ranks, size=len(ranks), find=lambda rank: None)
         self.plan = SimpleNamespace(stage_replicas=replicas, generation=3)
         log = SimpleNamespace(tensorboard=False, trace_steps=[], every=1)
-        train, numerics = SimpleNamespace(steps=9, global_batch=4), SimpleNamespace(spike_window=0)
+        train = TrainConfig(steps=9, global_batch=4, seq_len=16)
+        numerics = SimpleNamespace(spike_window=0)
         self.config = SimpleNamespace(log=log, train=train, numerics=numerics)
-        self.device, self.offloader, self.step_tokens = torch.device("cpu"), None, 64
+        self.device, self.offloader = torch.device("cpu"), None
 
 
 def test_a_reporter_times_steps_by_its_clock_and_reports_each_once(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ class Reporter:
         layers = dict(zip(names, norms, strict=True))
         loads = {
             layer.name: load_of(choices)
-            for layer, choices in zip(plan.layers, outcome.loads, strict=bool(outcome.loads))
+            for layer, choices in zip(
+                plan.layers if outcome.loads else (), outcome.loads, strict=True
+            )
             if any(choices)
         }
         return StepMetrics(

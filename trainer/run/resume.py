@@ -29,7 +29,6 @@ from holdfast.trainer.config import (
     EVERY_CHANGE,
     HELD_OUT,
     DataConfig,
-    NumericsConfig,
     OptimizerConfig,
     RunConfig,
     advice_to_allow,
@@ -347,9 +346,13 @@ def differing_keys(
     """
     # In the form of a manifest: JSON has no tuples.
     plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
-    # An older version that lacks a key of these did what its default does.
-    sections = {"data": DataConfig, "numerics": NumericsConfig, "optimizer": OptimizerConfig}
-    older = {name: msgspec.to_builtins(of()) for name, of in sections.items() if name in saved}
+    # An older version that lacks a key did what its default does.
+    sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
+    older = {
+        name: msgspec.to_builtins(of())
+        for name, of in sections.items()
+        if name in saved and name != "model"
+    }
     older["model"] = _model_defaults(saved)
     flat_saved, flat_now = flat_keys(older) | flat_keys(plain[0]), flat_keys(plain[1])
     return [

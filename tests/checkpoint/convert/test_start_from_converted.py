@@ -134,9 +134,9 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(
     shutil.copytree(start, tmp_path / "other")
     described["rope_parameters"] = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
     (start / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match=r"rope_theta = 10000\.0 .*500000.*rope scaling"):
+    with pytest.raises(ConfigError, match=r"rope_theta = 10000\.0 .*500000.*rope_scaling"):
         wanted()
-    with pytest.raises(ConfigError, match="rope scaling") as caught:
+    with pytest.raises(ConfigError, match="rope_scaling") as caught:
         wanted("model.rope_theta")
     option = str(caught.value).rpartition("--allow-change ")[2]
     assert len(wanted(*option.split(","))) == 3

@@ -14,7 +14,7 @@ from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.plan.block_transfers import held_blocks
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, convert_config
 from holdfast.trainer.config.sections import ParallelConfig
 from holdfast.trainer.plan_report.losses import elastic_report
 from holdfast.trainer.plan_report.report import plan_report
@@ -25,7 +25,7 @@ from holdfast.trainer.step.saved_tensors import saved_tensors, state_format
 def config(
     redundancy: int, nodes: int = 2, *, precision: str = "fp32", shadow_memory: str = "auto"
 ) -> RunConfig:
-    return msgspec.convert(
+    return convert_config(
         {
             "model": {
                 **{"family": "llama", "layers": 4, "hidden": 48, "intermediate": 96},
@@ -38,8 +38,7 @@ def config(
                 **{"enabled": True, "redundancy": redundancy, "local_nodes": nodes},
                 "shadow_memory": shadow_memory,
             },
-        },
-        RunConfig,
+        }
     )
 
 

@@ -57,7 +57,7 @@ _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """The values of torch's AdamW, for a source without its own."""
-DECAY_STYLES = {"cosine": "cosine", "constant": "constant", "wsd": "WSD"}
+DECAY_STYLES = {"cosine": "cosine", "constant": "constant", "wsd": "WSD", "linear": "linear"}
 """Megatron's `lr_decay_style` by the value of `optimizer.schedule`."""
 _VALUES = {
     "num_attention_heads": "heads",

@@ -262,8 +262,7 @@ def losses_at_the_start(
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.worlds.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
-    return open_training(run_config, local_world(rank, world_size), store).evaluate()
+    return open_training(convert_config(config), local_world(rank, world_size), store).evaluate()
 
 
 @pytest.mark.mp

@@ -25,11 +25,19 @@ class Weight(NamedTuple):
 
     parameter: nn.Parameter
     queue: WeightGradientQueue
+    inputs_first: bool = False
+    """Whether it is float[in, out], and not float[out, in]."""
+
+    def rows_by_inputs(self, values: Tensor) -> Tensor:
+        """The weight's values, or its gradient, as float[out, in]: a view."""
+        return values.t() if self.inputs_first else values
 
 
-def of_parts(parameters: Iterable[nn.Parameter], queue: WeightGradientQueue) -> list[Weight]:
+def of_parts(
+    parameters: Iterable[nn.Parameter], queue: WeightGradientQueue, *, inputs_first: bool = False
+) -> list[Weight]:
     """The weights of own parts that have their gradients in one queue."""
-    return [Weight(parameter, queue) for parameter in parameters]
+    return [Weight(parameter, queue, inputs_first) for parameter in parameters]
 
 
 def column_linear(
@@ -43,7 +51,7 @@ def column_linear(
     Args:
         value: a hidden state, float[..., in].
         weights: of each own part, the weights whose output features follow one another, float[out,
-            in] each.
+            in] each, or as they say.
     Returns:
         Of each own part, float[..., out].
     """
@@ -57,13 +65,12 @@ def row_linear(values: Sequence[Tensor], weights: Sequence[Weight], tp: TensorPa
 
     Args:
         values: of each own part, for the whole sequence, float[..., in].
-        weights: of each own part, float[out, in].
+        weights: of each own part, float[out, in], or as they say.
     Returns:
         A hidden state, float[..., out].
     """
-    count = len(weights)
     return _RowLinear.apply(  # pyrefly: ignore[bad-return]
-        tp, [weight.queue for weight in weights], count, *values, *_parameters([weights])
+        tp, weights, *values, *_parameters([weights])
     )
 
 
@@ -96,9 +103,12 @@ def _weight_gradient(
     """Hand on the gradient of a weight, or return it where there is no sink."""
     if not is_needed:
         return None
+    rows, columns = _matrix(grad_output), _matrix(value)
+    if weight.inputs_first:
+        rows, columns = columns, rows
     if not weight.queue.has_sink:
-        return _matrix(grad_output).t() @ _matrix(value)
-    weight.queue.put(weight.parameter, (_matrix(grad_output),), _matrix(value))
+        return rows.t() @ columns
+    weight.queue.put(weight.parameter, (rows.detach(),), columns)
     return None
 
 
@@ -113,7 +123,9 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(value, *parameters)
         ctx.tp, ctx.weights = tp, weights
-        matrices = [[weight.parameter.t() for weight in part] for part in weights]
+        matrices = [
+            [weight.rows_by_inputs(weight.parameter).t() for weight in part] for part in weights
+        ]
         return _products(tp.arriving(value), matrices)
 
     @staticmethod
@@ -122,7 +134,7 @@ class _ColumnLinear(torch.autograd.Function):
         value, *parameters = ctx.saved_tensors
         tp, left, needed = ctx.tp, list(parameters), ctx.needs_input_grad[3:]
         arriving = tp.arriving(value) if any(needed) else None
-        held = [[left.pop(0) for _ in part] for part in ctx.weights]
+        held = [[weight.rows_by_inputs(left.pop(0)) for weight in part] for part in ctx.weights]
         finish = None
         if ctx.needs_input_grad[0]:
             gradients = list(zip(grad_outputs, held, strict=True))
@@ -185,13 +197,13 @@ class _RowLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         tp: TensorParallel,
-        queues: Sequence[WeightGradientQueue],
-        count: int,
+        weights: Sequence[Weight],
         *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.tp, ctx.queues, ctx.parameters = tp, queues, tensors[count:]
-        pairs = list(zip(tensors[:count], tensors[count:], strict=True))
+        ctx.tp, ctx.weights = tp, weights
+        matrices = [weight.rows_by_inputs(weight.parameter) for weight in weights]
+        pairs = list(zip(tensors[: len(weights)], matrices, strict=True))
 
         def partial(rows: slice) -> list[Tensor]:
             return [F.linear(value[rows], weight) for value, weight in pairs]
@@ -201,22 +213,22 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.queues)
+        count = len(ctx.weights)
         tensors = ctx.saved_tensors
-        values, held = tensors[:count], tensors[count:]
-        needed = ctx.needs_input_grad[3:]
+        values = tensors[:count]
+        needed = ctx.needs_input_grad[2:]
         arriving = ctx.tp.arriving(grad_output)
         grad_values: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            grad_values = _products(arriving, [[weight] for weight in held])
+            held = zip(ctx.weights, tensors[count:], strict=True)
+            matrices = [[weight.rows_by_inputs(values)] for weight, values in held]
+            grad_values = _products(arriving, matrices)
         whole = arriving.whole()
         gradients = [
-            _weight_gradient(is_needed, Weight(parameter, queue), whole, value)
-            for is_needed, parameter, queue, value in zip(
-                needed[count:], ctx.parameters, ctx.queues, values, strict=True
-            )
+            _weight_gradient(is_needed, weight, whole, value)
+            for is_needed, weight, value in zip(needed[count:], ctx.weights, values, strict=True)
         ]
-        return None, None, None, *grad_values, *gradients
+        return None, None, *grad_values, *gradients
 
 
 class _SumPartials(torch.autograd.Function):

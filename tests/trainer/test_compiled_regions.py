@@ -142,12 +142,15 @@ def called_regions(
 
 
 @pytest.mark.mp
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize(
+    ("model", "sequence_parallel"),
+    [({}, True), ({}, False), ({"family": "gpt2", "kv_heads": 0}, True)],
+)
 def test_every_shape_of_a_tensor_group_is_compiled_beforehand_on_all_of_its_ranks(
-    cluster: Cluster, sequence_parallel: bool
+    cluster: Cluster, model: dict[str, Any], sequence_parallel: bool
 ) -> None:
     config = make_config(
-        model={"layers": 2, "intermediate": 49},
+        model={"layers": 2, "intermediate": 49, **model},
         train={**TRAIN, "compile": True, "precision": "bf16"},
         parallel={"tensor": 2, "pipeline": 2, "sequence_parallel": sequence_parallel},
     )

@@ -129,13 +129,15 @@ def test_a_loss_in_a_tensor_group_changes_no_bit(
 
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(
+    "model", [{"kv_heads": 1}, {"kv_heads": 4}, {"family": "gpt2", "kv_heads": 0}], ids=str
+)
 def test_a_killed_run_resumes_with_another_tensor_degree(
-    cluster: Cluster, tmp_path: Path, kv_heads: int
+    cluster: Cluster, tmp_path: Path, model: dict[str, Any]
 ) -> None:
     """A rank with several parts of a matrix saves them, by rows or columns, and loads them."""
     sections: dict[str, Any] = {
-        "model": {"layers": 2, "kv_heads": kv_heads},
+        "model": {"layers": 2, **model},
         "train": {"steps": 6},
         "checkpoint": {"every": 2},
     }

@@ -130,7 +130,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
     try:
         config = _converted(_with_lists(table), chosen)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explained(table, str(error))) from error
+        raise ConfigError(_explained(table, str(error), sections)) from error
     if config.model.vocab:
         return config
     model = msgspec.structs.replace(config.model, vocab=default_vocab(config.data))
@@ -284,8 +284,12 @@ def _cut(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
 
 
-def _explained(table: Mapping[str, Any], message: str) -> str:
-    """msgspec's message with the key in the file's spelling and the given value."""
+def _explained(table: Mapping[str, Any], message: str, sections: Mapping[str, Any]) -> str:
+    """msgspec's message with the key in the file's spelling and the given value.
+
+    Args:
+        sections: the struct of each section.
+    """
     found = re.search(r" - at `\$\.?([^`]*)`", message)
     reason = message[: found.start()] if found else message
     path = found.group(1) if found else ""
@@ -298,8 +302,7 @@ def _explained(table: Mapping[str, Any], message: str) -> str:
         value = value.get(part) if isinstance(value, Mapping) else None
     if reason.startswith("Invalid enum value"):
         section, _, key = path.partition(".")
-        fields = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
-        kinds = {f.name: f.type for f in msgspec.structs.fields(fields[section])}
+        kinds = {f.name: f.type for f in msgspec.structs.fields(sections[section])}
         if choices := getattr(kinds.get(key), "__args__", ()):
             return choice_problem(path, value, choices)
         reason = "not one of the choices"

@@ -28,6 +28,7 @@ M = TypeVar("M", bound=ModelConfig)
 M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
 
 FAMILIES: Mapping[str, str] = {
+    "gpt2": "holdfast.trainer.models.gpt2",
     "llama": "holdfast.trainer.models.llama",
     "mistral": "holdfast.trainer.models.mistral",
     "mixtral": "holdfast.trainer.models.mixtral",

@@ -42,6 +42,7 @@ def saved_tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     holders, savers = _Holders(dict), _Holders(dict)
     parts: defaultdict[str, dict[Box, int]] = defaultdict(dict)
+    rows: defaultdict[str, dict[Box, int]] = defaultdict(dict)
     owners: defaultdict[str, dict[Box, int]] = defaultdict(dict)
     for index, blocks in enumerate(plan.blocks):
         for block, owner in zip(blocks, plan.owners[index], strict=True):
@@ -53,8 +54,9 @@ def saved_tensors(
             shadows = plan.shadows[index][block.index] if from_shadows and plan.shadows else ()
             savers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
             parts[spec.name][box], owners[spec.name][box] = index, owner
+            rows[spec.name][box] = block.spec_index
     kept = {
-        name: _parts(savers[name], parts[name], owners[name] if from_shadows else {})
+        name: _parts(savers[name], parts[name], rows[name], owners[name] if from_shadows else {})
         for name in shapes
     }
     weights = [
@@ -63,7 +65,7 @@ def saved_tensors(
             WEIGHT,
             form.precision.stored,
             shape,
-            kept[name] if from_shadows else _parts(holders[name], parts[name], {}),
+            kept[name] if from_shadows else _parts(holders[name], parts[name], rows[name]),
             whole=True,
         )
         for name, shape in shapes.items()

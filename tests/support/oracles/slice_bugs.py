@@ -141,8 +141,8 @@ def documents_attend_to_each_other() -> Iterator[None]:
         projected: Any, rotary: Any, documents: Any, heads: int, kv_heads: int, norms: Any
     ) -> Any:
         seq, batch, _ = projected.shape
-        cos, sin = rotary.at(documents.positions)
-        q, k, v = regions._heads(projected, cos, sin, heads, kv_heads, norms)
+        tables = rotary.at(documents.positions)
+        q, k, v = regions._heads(projected, tables, heads, kv_heads, norms)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )

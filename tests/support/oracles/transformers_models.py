@@ -66,6 +66,8 @@ MODELS: list[dict[str, Any]] = [
     {"family": "qwen2", "sliding_window": 4, "max_window_layers": 1},
     {"family": "qwen3", "head_dim": 12},
     {"family": "qwen3", "attention_bias": True, "sliding_window": 6, "max_window_layers": 2},
+    {"family": "gpt2", "kv_heads": 0},
+    {"family": "gpt2", "kv_heads": 0, "activation": "gelu", "tie_embeddings": False},
 ]
 """Small models of every family, with each thing that sets it apart."""
 

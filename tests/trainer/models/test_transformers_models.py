@@ -32,18 +32,19 @@ def test_logits_and_gradients_equal_transformers(keys: dict[str, Any]) -> None:
     theirs = their_model(model, by_name(chunk, value_of), torch.float64)
     tokens = tokens_of(model, 2, 24)
     logits = theirs(tokens[:, :-1]).logits
-    # Rotary tables and norms are float32 in transformers.
-    torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=1e-5)
+    # Rotary tables and RMSNorm are float32 in transformers; GPT-2 has neither.
+    close = 1e-10 if model.family == "gpt2" else 1e-5
+    torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=close)
     loss = chunk(None, context_of(tokens))
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     )
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
+    assert loss.item() == pytest.approx(expected.item(), rel=min(close, 1e-7))
     loss.backward()
     expected.backward()
     found = fused(by_name(chunk, gradient_of))
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[name], parameter.grad, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("keys", MODELS, ids=str)

@@ -15,5 +15,6 @@ from .section import (
     ExpertConfig as ExpertConfig,
     ExpertDesign as ExpertDesign,
     LayeredWindowConfig as LayeredWindowConfig,
+    LearnedPositionsConfig as LearnedPositionsConfig,
     WindowedConfig as WindowedConfig,
 )

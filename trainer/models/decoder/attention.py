@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,7 +117,8 @@ class Attention(nn.Module):
         core: AttentionCore,
     ) -> None:
         super().__init__()
-        self._tp, self._queue, self._core, self._eps = tp, queue, core, model.norm_eps
+        self._tp, self._queue, self._core, self._design = tp, queue, core, design
+        self._eps = model.norm_eps
         heads, kv_heads = core.heads
         dim, hidden, own = model.dim_per_head, model.hidden, tp.own_parts
         self._sharing = sharing_parts(model, tp)
@@ -126,15 +127,15 @@ class Attention(nn.Module):
         times = self._sharing or 1
         shared = len(own) // times
         sizes = {"qkv": (len(own), (heads + 2 * kv_heads) * dim)}
-        if self._sharing:
-            sizes = {"query": (len(own), heads * dim), "key": (shared, dim), "value": (shared, dim)}
+        if self._sharing or design.inputs_first:
+            one = (shared, kv_heads * dim)
+            sizes = {"query": (len(own), heads * dim), "key": one, "value": one}
         self._names = list(sizes)
         for name, (count, rows) in sizes.items():
-            setattr(self, name, _stack(count, rows, hidden))
+            setattr(self, name, _stack(count, *design.shape(rows, hidden)))
             if design.qkv_bias:
                 setattr(self, f"{name}_bias", _stack(count, rows))
-        self._has_bias = design.qkv_bias
-        self.output = _stack(len(own), hidden, heads * dim)
+        self.output = _stack(len(own), *design.shape(hidden, heads * dim))
         self.output_bias = nn.Parameter(torch.empty(hidden)) if design.output_bias else None
         self.query_norm = nn.Parameter(torch.ones(dim)) if design.head_norms else None
         self.key_norm = nn.Parameter(torch.ones(dim)) if design.head_norms else None
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         ]
         return [
             biased(
-                row_linear(of_slice, of_parts(self.output, self._queue.of(number)), self._tp),
+                row_linear(of_slice, self._of_parts(self.output, self._queue.of(number)), self._tp),
                 self.output_bias,
                 by_part,
             )
@@ -167,7 +168,7 @@ class Attention(nn.Module):
     def _projected(self, value: Tensor, number: int) -> list[Tensor]:
         """The queries, keys and values of slice `number`, of each own part."""
         found = column_linear(value, self._weights(number), self._tp)
-        if not self._has_bias:
+        if not self._design.qkv_bias:
             return found
         biases = [
             torch.cat([in_slice(weight.parameter, weight.queue) for weight in of_part])
@@ -177,8 +178,8 @@ class Attention(nn.Module):
 
     def _weights(self, number: int, kind: str = "") -> list[list[Weight]]:
         """The weights of slice `number`, of each own part: of queries, keys and values, or one."""
-        times, queue = self._sharing, self._queue.of(number)
-        if not times:
+        times, queue = self._sharing or 1, self._queue.of(number)
+        if len(self._names) == 1:
             return [[weight] for weight in of_parts(getattr(self, f"qkv{kind}"), queue)]
         query, key, value = (getattr(self, f"{name}{kind}") for name in self._names)
         found = []
@@ -186,8 +187,13 @@ class Attention(nn.Module):
             # Each part's share of a gradient that parts have in common is added by itself.
             shared = self._queue.of(number * times + place % times)
             both = (key[place // times], value[place // times])
-            found.append([Weight(weight, queue), *of_parts(both, shared)])
+            found.append([*self._of_parts((weight,), queue), *self._of_parts(both, shared)])
         return found
+
+    def _of_parts(
+        self, parameters: Iterable[nn.Parameter], queue: WeightGradientQueue
+    ) -> list[Weight]:
+        return of_parts(parameters, queue, inputs_first=self._design.inputs_first)
 
     def _norms(self, part: int, own: Sequence[int]) -> list[HeadNorms]:
         """The norms of a part's heads, in each slice: each part and slice has a gradient."""

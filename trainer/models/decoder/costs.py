@@ -32,7 +32,9 @@ class Costs:
         if design.experts is not None:
             wide = design.experts.per_token * design.experts.intermediate
             router = design.experts.count
-        weights = model.hidden * (projected + attention + 3 * wide + router)
+        # Of each feature of an MLP: the weights, and the values that are kept.
+        matrices, features = (2, 2) if design.gelu else (3, 4)
+        weights = model.hidden * (projected + attention + matrices * wide + router)
         self._per_key, self._seq_len, self._design = 4.0 * tokens * attention, seq_len, design
         self._products = 2.0 * tokens * weights
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
@@ -41,18 +43,20 @@ class Costs:
         # Each head has a copy of its keys where slices do not divide these (context_parallel).
         self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
         core_bytes = tokens * size * (projected + 2 * attention) // tensor
-        mlp_bytes = tokens * size * 4 * wide // tensor
+        mlp_bytes = tokens * size * features * wide // tensor
         if design.experts is not None:  # rows at the experts and back, and the router's scores
             rows = 2 * design.experts.per_token * model.hidden * size
             mlp_bytes += tokens * (rows + 8 * design.experts.count) // tensor
-        kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor
+        # LayerNorm keeps what its weight is multiplied with.
+        norms_bytes = (6 if design.layer_norm else 4) * hidden_bytes
+        kept = norms_bytes + mlp_bytes + tokens * size * attention // tensor
         self.hidden_bytes = hidden_bytes
         self.layer_activation_bytes = {
             "none": kept + core_bytes,
             "selective": kept + tokens * size * projected // tensor,
             "full": hidden_bytes,
         }
-        self.embedding_activation_bytes = 9 * tokens
+        self.embedding_activation_bytes = (18 if design.learned_positions else 9) * tokens
         wide = max(4, size)
         self.logits_bytes = tokens * model.vocab * wide // tensor
         self.chunk_entry_bytes = tokens * wide

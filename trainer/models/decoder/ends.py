@@ -18,28 +18,36 @@ from holdfast.parallel.tensor_parallel import (
     of_parts,
     sum_partials,
 )
-from holdfast.trainer.models.decoder.norms import Choice, KeyedDropout, RMSNorm, part_queues
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.trainer.models.decoder.norms import Choice, KeyedDropout, hidden_norm, part_queues
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 
 
-class _Vocabulary(nn.ParameterList):
-    """The rows of the vocabulary that this rank's parts have."""
+class _Rows(nn.ParameterList):
+    """The rows of a table of vectors, of tokens or of positions, that this rank's parts have."""
 
-    def __init__(self, model: ModelConfig, tp: TensorParallel) -> None:
-        ranges = [even_range(model.vocab, tp.parts, part) for part in tp.own_parts]
-        super().__init__(torch.empty(stop - start, model.hidden) for start, stop in ranges)
+    def __init__(self, count: int, hidden: int, tp: TensorParallel) -> None:
+        ranges = [even_range(count, tp.parts, part) for part in tp.own_parts]
+        super().__init__(torch.empty(stop - start, hidden) for start, stop in ranges)
         self.first_rows = [start for start, _ in ranges]
 
 
 class Embedding(nn.Module):
-    """Token embedding; its output is the first hidden state."""
+    """Token embedding, with that of positions if it is learned: the first hidden state."""
 
     def __init__(
-        self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, seed: int
+        self,
+        model: DecoderConfig,
+        design: Design,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        seed: int,
     ) -> None:
         super().__init__()
         self._tp, self._queue = tp, queue
-        self.weight = _Vocabulary(model, tp)
+        self.weight = _Rows(model.vocab, model.hidden, tp)
+        self.positions = None
+        if design.learned_positions:
+            self.positions = _Rows(model.max_seq_len, model.hidden, tp)
         self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
 
     def forward(self, values: None, context: MicroBatchContext) -> list[Tensor]:
@@ -47,9 +55,21 @@ class Embedding(nn.Module):
 
     def _embedded(self, context: MicroBatchContext, number: int) -> Tensor:
         assert context.batch is not None
-        tokens, queue = context.batch.tokens.t()[context.slices.tokens(number)], self._queue
-        found = embed(tokens, list(self.weight), queue.of(number), self.weight.first_rows)
+        tokens, places = context.batch.tokens.t(), context.slices.tokens(number)
+        found = self._of(self.weight, tokens[places], number)
+        if self.positions is not None:
+            documents = context.batch.documents
+            if documents is None:
+                numbers = torch.arange(len(tokens), device=tokens.device)
+                positions = numbers[:, None].expand_as(tokens)
+            else:
+                positions = documents.positions
+            # Parts have the rows of some positions each, as of tokens: zeros are added elsewhere.
+            found = found + self._of(self.positions, positions[places], number)
         return self.dropout(sum_partials(found, self._tp), context, number)
+
+    def _of(self, rows: _Rows, which: Tensor, number: int) -> Tensor:
+        return embed(which, list(rows), self._queue.of(number), rows.first_rows)
 
 
 class Head(nn.Module):
@@ -57,7 +77,8 @@ class Head(nn.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: DecoderConfig,
+        design: Design,
         tp: TensorParallel,
         queue: WeightGradientQueue,
         vocab_chunk: int,
@@ -65,8 +86,8 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
-        self.norm = RMSNorm(model.hidden, model.norm_eps, choose)
-        self.projection = _Vocabulary(model, tp)
+        self.norm = hidden_norm(model, design, choose)
+        self.projection = _Rows(model.vocab, model.hidden, tp)
 
     def logits(
         self, value: Tensor, number: int = 0, queues: Sequence[WeightGradientQueue] = ()

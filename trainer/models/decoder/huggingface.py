@@ -69,6 +69,10 @@ class Described:
     """The class in transformers."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """The keys of the family alone: by the one of config.json, that of [model]."""
+    sizes: Mapping[str, str] = field(default_factory=lambda: _SHARED)
+    """The keys of sizes: by the one of config.json, that of [model]."""
+    rotates: bool = True
+    """Whether the file has Llama's keys of rotary embedding, activation and dropout."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What is written for every model of the family."""
     to_json: Callable[[Any], Mapping[str, Any]] = lambda model: {}
@@ -91,16 +95,8 @@ class Described:
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **{theirs: getattr(model, ours) for theirs, ours in self._pairs()},
-            "head_dim": model.dim_per_head,
-            "max_position_embeddings": max(model.max_seq_len, seq_len),
-            "rope_theta": model.rope_theta,
-            "rope_parameters": {
-                "rope_theta": model.rope_theta,
-                **_rotary_settings(model.rope_scaling),
-            },
+            **(_rotary_to_json(model, seq_len) if self.rotates else {}),
             "initializer_range": model.init_std,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
             **self.fixed,
             **self.to_json(model),
             "dtype": dtype,
@@ -112,7 +108,7 @@ class Described:
 
     def _pairs(self) -> list[tuple[str, str]]:
         """The keys of config.json and of [model] that have the same value."""
-        return [*_SHARED.items(), *self.keys.items()]
+        return [*self.sizes.items(), *self.keys.items()]
 
     def section(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of [model] that a `config.json` of this family gives. Pure.
@@ -125,24 +121,11 @@ class Described:
         told = explicit(described)
         for key in self.keys.keys() - told.keys():
             told[key] = told.get(self.aliases.get(key, ""))
-        heads, hidden = told.get("num_attention_heads"), told.get("hidden_size")
-        rope = dict(told.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None)
-        rope.pop("type", None)
-        if rope.get("rope_type") in (None, "default"):
-            rope = {}
-        given = {key: value for key, value in rope.items() if value is not None}
         found = {ours: told.get(theirs) for theirs, ours in self._pairs()}
-        return {
-            **found,
-            "max_seq_len": told.get("max_position_embeddings"),
-            "init_std": told.get("initializer_range"),
-            "kv_heads": found["kv_heads"] or heads,
-            "head_dim": found["head_dim"] or (hidden // heads if hidden and heads else None),
-            "rope_theta": theta,
-            "rope_scaling": _scaling(given),
-            **self.from_json(told),
-        }
+        found["init_std"] = told.get("initializer_range")
+        if self.rotates:
+            found |= _rotary_from_json(told, found)
+        return found | dict(self.from_json(told))
 
     def differences(
         self, model: DecoderConfig, described: Mapping[str, Any]
@@ -159,15 +142,48 @@ class Described:
         except ValueError as error:
             yield "config.json:rope_parameters", f"its config.json has rotary settings: {error}"
             return
+        free = _NO_FUNCTION if self.rotates else _NO_FUNCTION - {"max_seq_len"}
         for key, value in theirs.items():
             mine = model.dim_per_head if key == "head_dim" else getattr(model, key)
-            if key not in _NO_FUNCTION and value != mine:
+            if key not in free and value != mine:
                 line = f"model.{key} = {_shown(mine)} (its config.json has {_shown(value)})"
                 yield f"model.{key}", line
         if kind == model.family:
             for key, value, accepted in unhonoured(described, self.honoured | self.keys.keys()):
                 line = f"its config.json has {key} = {json.dumps(value)} ({accepted})"
                 yield f"config.json:{key}", line
+
+
+def _rotary_to_json(model: DecoderConfig, seq_len: int) -> dict[str, Any]:
+    return {
+        "head_dim": model.dim_per_head,
+        "max_position_embeddings": max(model.max_seq_len, seq_len),
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {
+            "rope_theta": model.rope_theta,
+            **_rotary_settings(model.rope_scaling),
+        },
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+
+
+def _rotary_from_json(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse; `found` has the sizes."""
+    heads, hidden = found["heads"], found["hidden"]
+    rope = dict(told.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None)
+    rope.pop("type", None)
+    if rope.get("rope_type") in (None, "default"):
+        rope = {}
+    given = {key: value for key, value in rope.items() if value is not None}
+    return {
+        "max_seq_len": told.get("max_position_embeddings"),
+        "kv_heads": found["kv_heads"] or heads,
+        "head_dim": found["head_dim"] or (hidden // heads if hidden and heads else None),
+        "rope_theta": theta,
+        "rope_scaling": _scaling(given),
+    }
 
 
 WINDOW_KEYS: Final = frozenset(

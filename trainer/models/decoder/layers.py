@@ -34,11 +34,12 @@ from holdfast.trainer.models.decoder.norms import (
     KeyedDropout,
     Queues,
     Region,
-    RMSNorm,
     biased,
+    hidden_norm,
     part_queues,
 )
-from holdfast.trainer.models.decoder.regions import RotaryTables, gate
+from holdfast.trainer.models.decoder.regions import gate, gelu
+from holdfast.trainer.models.decoder.rotary import tables_of
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 from holdfast.trainer.models.family import ChunkContext
 
@@ -91,12 +92,60 @@ class MLP(nn.Module):
         )
 
 
+class PlainMLP(nn.Module):
+    """GELU between two projections with biases, over the features of this rank's parts."""
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        design: Design,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        choose: Choice,
+    ) -> None:
+        super().__init__()
+        self._tp, self._queue, self._gelu = tp, queue, choose(gelu)
+        self._approximate, self._inputs_first = design.gelu, design.inputs_first
+        sizes = [len(range(*even_range(model.intermediate, tp.parts, k))) for k in tp.own_parts]
+        hidden = model.hidden
+        self.up = nn.ParameterList(torch.empty(design.shape(size, hidden)) for size in sizes)
+        self.down = nn.ParameterList(torch.empty(design.shape(hidden, size)) for size in sizes)
+        self.up_bias = nn.ParameterList(torch.empty(size) for size in sizes)
+        self.down_bias = nn.Parameter(torch.empty(hidden))
+
+    def forward(
+        self,
+        value: Tensor,
+        context: MicroBatchContext,
+        number: int,
+        queues: Queues,
+        decisions: Decisions,
+    ) -> Tensor:
+        """Of slice `number`.
+
+        Args:
+            queues: for the bias of the output.
+        """
+        queue = self._queue.of(number)
+        up, down = (
+            of_parts(weights, queue, inputs_first=self._inputs_first)
+            for weights in (self.up, self.down)
+        )
+        wide = column_linear(value, [[weight] for weight in up], self._tp)
+        found = [
+            self._gelu(part + in_slice(bias, queue), self._approximate)
+            for part, bias in zip(wide, self.up_bias, strict=True)
+        ]
+        return biased(row_linear(found, down, self._tp), self.down_bias, queues)
+
+
 class TransformerLayer(nn.Module):
     """One transformer layer: attention and MLP, each normed before and added after."""
 
     def __init__(
         self,
         model: DecoderConfig,
+        design: Design,
         layer: int,
         recompute: str,
         context: ChunkContext,
@@ -107,10 +156,10 @@ class TransformerLayer(nn.Module):
         super().__init__()
         tp, seed = context.tensor_parallel, context.seed
         self._recompute, self._queue, self._tp = recompute == "full", context.queue, tp
-        self.attention_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.attention_norm = hidden_norm(model, design, choose)
         self.attention = attention
         self.attention_dropout = KeyedDropout(model.dropout, seed, str(layer), "attention", tp)
-        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.mlp_norm = hidden_norm(model, design, choose)
         self.mlp = mlp
         self.mlp_dropout = KeyedDropout(model.dropout, seed, str(layer), "mlp", tp)
 
@@ -158,15 +207,15 @@ def module_builder(
 ) -> Callable[[int, LayerSpec], nn.Module]:
     """The builder of a chunk's modules, which share rotary tables; see `Family.modules`. Local."""
     tp, queue = context.tensor_parallel, context.queue
-    rotary = RotaryTables.of(model, context.seq_len, context.dtype, context.device)
+    rotary = tables_of(model, design, context.seq_len, context.dtype, context.device)
     choose = compiled if context.compiles else _as_it_is
     split = context.context_parallel or ContextParallel(None, "heads")
 
     def build(layer: int, spec: LayerSpec) -> nn.Module:
         if layer == 0:
-            return Embedding(model, tp, queue, context.seed)
+            return Embedding(model, design, tp, queue, context.seed)
         if layer == model.layers + 1:
-            return Head(model, tp, queue, spec.vocab_chunk, choose)
+            return Head(model, design, tp, queue, spec.vocab_chunk, choose)
         recompute, number = spec.recompute, layer - 1
         core = attention_core(
             model,
@@ -181,7 +230,8 @@ def module_builder(
         if design.experts is not None:
             mlp: nn.Module = Experts(model, design.experts, layer, tp, queue)
         else:
-            mlp = MLP(model, design, tp, queue, choose)
-        return TransformerLayer(model, number, recompute, context, attention, mlp, choose)
+            kind = PlainMLP if design.gelu else MLP
+            mlp = kind(model, design, tp, queue, choose)
+        return TransformerLayer(model, design, number, recompute, context, attention, mlp, choose)
 
     return build

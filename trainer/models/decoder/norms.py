@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import TensorParallel, in_slice
-from holdfast.trainer.models.decoder.regions import norm
+from holdfast.trainer.models.decoder.regions import layer_norm, norm
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 
 Queues = Sequence[WeightGradientQueue]
 """The queues of the runs of a hidden state's tokens that have a gradient each, of equal length;
@@ -50,6 +51,30 @@ class RMSNorm(nn.Module):
 
     def _of_run(self, value: Tensor, weight: Tensor) -> Tensor:
         return self._norm(value, weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, in float32 or wider."""
+
+    def __init__(self, elements: int, eps: float, choose: Choice) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(elements))
+        self.bias = nn.Parameter(torch.zeros(elements))
+        self.eps = eps
+        self._norm = choose(layer_norm)
+
+    def forward(self, value: Tensor, queues: Queues = ()) -> Tensor:
+        """The value, normed."""
+        return by_runs(self._of_run, value, [self.weight, self.bias], queues)
+
+    def _of_run(self, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self._norm(value, weight, bias, self.eps)
+
+
+def hidden_norm(model: DecoderConfig, design: Design, choose: Choice) -> nn.Module:
+    """The norm of hidden states that a model's layers have."""
+    kind = LayerNorm if design.layer_norm else RMSNorm
+    return kind(model.hidden, model.norm_eps, choose)
 
 
 def biased(value: Tensor, bias: nn.Parameter | None, queues: Queues) -> Tensor:

@@ -17,7 +17,7 @@ from holdfast.parallel.context_parallel import ContextParallel
 from holdfast.parallel.layout import Slices, even_range
 from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.models.compilation import Region
-from holdfast.trainer.models.decoder.rotary import RotaryTables, rotated
+from holdfast.trainer.models.decoder.rotary import RotaryTables, rotated, tables_of
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
 from holdfast.trainer.models.family import RegionSizes
 from holdfast.trainer.models.section import ModelConfig
@@ -31,6 +31,14 @@ def norm(value: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(value, value.shape[-1:], weight, eps)
 
 
+def layer_norm(value: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(value - mean) / sqrt(variance + eps) * weight + bias, in float32 or wider."""
+    wide = value.float() if value.element_size() < 4 else value
+    # torch's own sums of the weights' gradients would depend on the number of threads.
+    normed = F.layer_norm(wide, value.shape[-1:], None, None, eps)
+    return torch.addcmul(bias.to(wide.dtype), normed, weight.to(wide.dtype)).to(value.dtype)
+
+
 class HeadNorms(NamedTuple):
     """The weights of the norms of each head's queries and keys: float[head_dim] each."""
 
@@ -42,8 +50,8 @@ class HeadNorms(NamedTuple):
 
 def attend(
     projected: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     heads: int,
     kv_heads: int,
     query_norm: Tensor | None = None,
@@ -54,14 +62,15 @@ def attend(
 
     Args:
         projected: float[seq, batch, (heads + 2 kv_heads) dim].
-        cos, sin: the rotary tables, for at least as many positions.
+        cos, sin: the rotary tables, for at least as many positions; None: nothing is rotated.
         query_norm, key_norm, eps: as of `HeadNorms`.
     Returns:
         float[seq, batch, heads dim].
     """
     seq, batch, _ = projected.shape
     norms = HeadNorms(query_norm, key_norm, eps)
-    q, k, v = _heads(projected, cos[:seq], sin[:seq], heads, kv_heads, norms)
+    tables = RotaryTables(cos, sin).within(slice(seq))
+    q, k, v = _heads(projected, tables, heads, kv_heads, norms)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
@@ -80,7 +89,7 @@ def attend_within(
     bits do not depend on its neighbours.
     """
     seq, batch, _ = projected.shape
-    of_heads = _heads(projected, *rotary.at(documents.positions), heads, kv_heads, norms)
+    of_heads = _heads(projected, rotary.at(documents.positions), heads, kv_heads, norms)
     # float[heads, batch seq, head_dim], cut between documents
     q, k, v = (
         part.transpose(0, 1).flatten(1, 2).split(documents.lengths, dim=1) for part in of_heads
@@ -118,17 +127,17 @@ def attend_sliced(
     of_slices = []
     for number, value, of_slice in zip(slices.own, projected, norms, strict=True):
         places = slices.tokens(number)
-        tables = RotaryTables(*(table[places] for table in rotary))
+        tables = rotary.within(places)
         if documents is not None:
             tables = rotary.at(documents.positions[places])
-        of_slices.append(_heads(value, *tables, heads, kv_heads, of_slice))
+        of_slices.append(_heads(value, tables, heads, kv_heads, of_slice))
     q, k, v = zip(*of_slices, strict=True)
     mixed = context.attend(q, k, v, slices, documents, kept, name, window)
     return [value.permute(2, 0, 1, 3).flatten(2) for value in mixed]
 
 
 def _heads(
-    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: HeadNorms
+    projected: Tensor, rotary: RotaryTables, heads: int, kv_heads: int, norms: HeadNorms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, rotated: float[batch, heads, seq, head_dim] each."""
     seq, batch, _ = projected.shape
@@ -136,6 +145,9 @@ def _heads(
     q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
     if norms.query is not None and norms.key is not None:
         q, k = norm(q, norms.query, norms.eps), norm(k, norms.key, norms.eps)
+    cos, sin = rotary
+    if cos is None or sin is None:
+        return q, k, v
     return rotated(q, cos, sin), rotated(k, cos, sin), v
 
 
@@ -143,6 +155,11 @@ def gate(gate_up: Tensor) -> Tensor:
     """SwiGLU of both projections: float[..., 2 intermediate] -> float[..., intermediate]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def gelu(value: Tensor, approximate: str) -> Tensor:
+    """GELU (Hendrycks and Gimpel 2016), exact ("none") or by a hyperbolic tangent ("tanh")."""
+    return F.gelu(value, approximate=approximate)
 
 
 def heads_of(model: ModelConfig, tensor: int) -> tuple[int, int]:
@@ -166,9 +183,13 @@ def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterato
     def weight(elements: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(elements, dtype=sizes.dtype, device=sizes.device))
 
-    yield Region(norm, (value(sizes.rows, model.hidden), weight(model.hidden), model.norm_eps))
+    hidden, own = value(sizes.rows, model.hidden), weight(model.hidden)
+    if design.layer_norm:
+        yield Region(layer_norm, (hidden, own, weight(model.hidden), model.norm_eps))
+    else:
+        yield Region(norm, (hidden, own, model.norm_eps))
     heads, kv_heads = heads_of(model, sizes.tensor)
-    tables = RotaryTables.of(model, sizes.seq_len, sizes.dtype, sizes.device)
+    tables = tables_of(model, design, sizes.seq_len, sizes.dtype, sizes.device)
     if sizes.tokens == sizes.seq_len and not all(
         is_windowed(design.window(layer), sizes.seq_len) for layer in range(model.layers)
     ):
@@ -184,4 +205,7 @@ def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterato
         for start, stop in [even_range(model.intermediate, sizes.tensor, index)]
     }
     for part in sorted(parts):
-        yield Region(gate, (value(sizes.tokens, 2 * part),))
+        if design.gelu:
+            yield Region(gelu, (value(sizes.tokens, part), design.gelu))
+        else:
+            yield Region(gate, (value(sizes.tokens, 2 * part),))

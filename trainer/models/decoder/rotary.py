@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdfast.trainer.models.decoder.section import DecoderConfig, RopeScaling
+from holdfast.trainer.models.decoder.section import DecoderConfig, Design, RopeScaling
 
 
 class RotaryTables(NamedTuple):
     """The rotary embedding's cos and sin: float[seq, head_dim / 2].
 
-    They are computed in float32, and have the type of the model.
+    They are computed in float32, and have the type of the model. None: nothing is rotated.
     """
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
     @classmethod
     def of(
@@ -39,10 +39,27 @@ class RotaryTables(NamedTuple):
             cos, sin = cos * factor, sin * factor
         return cls(cos.to(dtype), sin.to(dtype))
 
+    def within(self, places: slice) -> RotaryTables:
+        """The tables of these positions."""
+        if self.cos is None or self.sin is None:
+            return self
+        return RotaryTables(self.cos[places], self.sin[places])
+
     def at(self, positions: Tensor) -> RotaryTables:
         """The tables of these positions, int64[seq, batch]: float[batch, 1, seq, head_dim / 2]."""
-        cos, sin = (table[positions.t()].unsqueeze(1) for table in self)
+        if self.cos is None or self.sin is None:
+            return self
+        cos, sin = (table[positions.t()].unsqueeze(1) for table in (self.cos, self.sin))
         return RotaryTables(cos, sin)
+
+
+def tables_of(
+    model: DecoderConfig, design: Design, seq_len: int, dtype: torch.dtype, device: torch.device
+) -> RotaryTables:
+    """The tables of a model, without any where it learns its positions."""
+    if design.learned_positions:
+        return RotaryTables()
+    return RotaryTables.of(model, seq_len, dtype, device)
 
 
 def scaled_frequencies(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import msgspec
+
 from holdfast.parallel.errors import shown
 from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
     ExpertConfig,
     LayeredWindowConfig,
+    LearnedPositionsConfig,
     RopeScaling,
 )
 from holdfast.trainer.models.section import ModelConfig
@@ -29,8 +32,11 @@ def problems(model: DecoderConfig, parts: int, key: str) -> Iterator[str]:
     """
     if min(model.heads, model.kv_heads, model.hidden) < 1:
         return
-    yield from _head_problems(model)
-    yield from _rotary_problems(model.rope_scaling)
+    if isinstance(model, LearnedPositionsConfig):
+        yield from _learned_problems(model, parts, key)
+    else:
+        yield from _head_problems(model)
+        yield from _rotary_problems(model.rope_scaling)
     if isinstance(model, LayeredWindowConfig) and model.max_window_layers > model.layers:
         yield (
             f"model.max_window_layers = {model.max_window_layers} exceeds model.layers = "
@@ -58,6 +64,34 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
             f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; "
             "each key and value head serves the same number of query heads"
         )
+
+
+def _learned_problems(model: LearnedPositionsConfig, parts: int, key: str) -> Iterator[str]:
+    family = f"model.family = {model.family!r}"
+    if model.hidden % model.heads:
+        yield (
+            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; "
+            "change one of them"
+        )
+    elif model.heads * model.dim_per_head != model.hidden:
+        yield (
+            f"model.head_dim = {model.head_dim}: with {family} it is model.hidden / model.heads = "
+            f"{model.hidden // model.heads}; remove it"
+        )
+    if model.kv_heads != model.heads:
+        yield (
+            f"model.kv_heads = {model.kv_heads}: with {family} each of the {model.heads} heads has "
+            "keys and values of its own; remove it"
+        )
+    plain = DecoderConfig(family="", layers=1, hidden=1)
+    for name in ("rope_theta", "rope_scaling"):
+        if (value := getattr(model, name)) != getattr(plain, name):
+            yield (
+                f"model.{name} = {shown(msgspec.to_builtins(value))}: {family} learns its "
+                "positions, and rotates nothing; remove it"
+            )
+    if parts > model.max_seq_len:
+        yield f"{key} = {parts} exceeds model.max_seq_len = {model.max_seq_len}; lower it"
 
 
 def _rotary_problems(scaling: RopeScaling) -> Iterator[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from holdfast.parallel.layout import ParameterSpec
 from holdfast.trainer.models.section import ModelConfig
 
 
@@ -40,6 +42,10 @@ class DecoderConfig(ModelConfig, frozen=True, kw_only=True):
     """The keys of models with rotary embedding."""
 
     rope_scaling: RopeScaling = RopeScaling()
+
+
+class LearnedPositionsConfig(DecoderConfig, frozen=True, kw_only=True):
+    """The keys of models that learn positions; each head has keys and values of its own."""
 
 
 class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -107,8 +113,27 @@ class Design:
     """Norms of each head's queries and keys, before they are rotated."""
     experts: ExpertDesign | None = None
     """The experts in the place of each MLP; None: there are none."""
+    layer_norm: bool = False
+    """LayerNorm (Ba et al. 2016), which has a bias, in the place of RMSNorm."""
+    learned_positions: bool = False
+    """A weight for each position, added to the embedding, and no rotary embedding."""
+    gelu: Literal["", "none", "tanh"] = ""
+    """GELU between two projections in the place of SwiGLU, by how torch approximates it. Empty:
+    SwiGLU."""
+    inputs_first: bool = False
+    """Matrices of layers as float[in, out]; queries, keys and values are matrices of their own."""
+    stored: Callable[[ParameterSpec], ParameterSpec] | None = None
+    """A row under Llama's name -> the row under the family's own, where checkpoints have that."""
     windows: tuple[int, ...] = ()
     """By layer, the keys that a query sees, itself included; 0: all before it. Empty: 0."""
+
+    def shape(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """The shape of a layer's matrix. Pure."""
+        return (inputs, outputs) if self.inputs_first else (outputs, inputs)
+
+    def as_stored(self, rows: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:
+        """The rows under the names that checkpoints of the family have. Pure."""
+        return tuple(rows if self.stored is None else map(self.stored, rows))
 
     def window(self, layer: int) -> int:
         """The keys that a query of a layer sees; 0: all before it."""

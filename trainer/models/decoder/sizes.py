@@ -11,6 +11,7 @@ from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
     ExpertConfig,
     LayeredWindowConfig,
+    LearnedPositionsConfig,
     WindowedConfig,
 )
 
@@ -34,6 +35,8 @@ def tiny(model: D, tensor: int, layers: int, divisor: int) -> D:
         group += 1
     heads = kv_heads * group
     others: dict[str, Any] = {}
+    if isinstance(model, LearnedPositionsConfig):
+        kv_heads = heads
     if isinstance(model, WindowedConfig):
         others["sliding_window"] = min(model.sliding_window, _WINDOW)
     if isinstance(model, LayeredWindowConfig):

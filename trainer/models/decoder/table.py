@@ -43,7 +43,7 @@ def layer_specs(
     transformer = [
         LayerSpec(
             name=f"block.{i}",
-            parameters=tuple(table.transformer(i) for table in tables),
+            parameters=tuple(design.as_stored(table.transformer(i)) for table in tables),
             forward_flops=costs.layer_flops(i),
             activation_bytes=costs.layer_activation_bytes[how],
             output_bytes=costs.hidden_bytes,
@@ -56,7 +56,7 @@ def layer_specs(
     ]
     embedding = LayerSpec(
         name="embedding",
-        parameters=tuple(table.embedding() for table in tables),
+        parameters=tuple(design.as_stored(table.embedding()) for table in tables),
         forward_flops=0.0,
         activation_bytes=costs.embedding_activation_bytes,
         output_bytes=costs.hidden_bytes,
@@ -64,7 +64,7 @@ def layer_specs(
     )
     head = LayerSpec(
         name="head",
-        parameters=tuple(table.head() for table in tables),
+        parameters=tuple(design.as_stored(table.head()) for table in tables),
         forward_flops=costs.head_flops,
         activation_bytes=costs.head_activation_bytes(vocab_chunk),
         output_bytes=8,
@@ -97,20 +97,24 @@ class _Table:
     """Whether one rank may have several parts."""
 
     def embedding(self) -> tuple[ParameterSpec, ...]:
-        return (self._vocabulary("model.embed_tokens.weight", "weight", 0),)
+        tokens = self._vocabulary("model.embed_tokens.weight", "weight", 0)
+        if not self.design.learned_positions:
+            return (tokens,)
+        positions = (self.model.max_seq_len, self.model.hidden)
+        return tokens, self._rows("model.embed_positions.weight", positions, "positions", 0)
 
     def head(self) -> tuple[ParameterSpec, ...]:
-        norm = self._norm("model.norm.weight", "norm.weight")
+        norm = self._norm("model.norm", "norm")
         if self.model.tie_embeddings:
-            return norm, self._vocabulary("model.embed_tokens.weight", "projection", 1)
-        return norm, self._vocabulary("lm_head.weight", "projection", 0)
+            return *norm, self._vocabulary("model.embed_tokens.weight", "projection", 1)
+        return *norm, self._vocabulary("lm_head.weight", "projection", 0)
 
     def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
         prefix, experts = f"model.layers.{layer}", self.design.experts
         return (
-            self._norm(f"{prefix}.input_layernorm.weight", "attention_norm.weight"),
+            *self._norm(f"{prefix}.input_layernorm", "attention_norm"),
             *self._attention(f"{prefix}.self_attn"),
-            self._norm(f"{prefix}.post_attention_layernorm.weight", "mlp_norm.weight"),
+            *self._norm(f"{prefix}.post_attention_layernorm", "mlp_norm"),
             *(self._mlp(f"{prefix}.mlp") if experts is None else self._experts(prefix, experts)),
         )
 
@@ -131,6 +135,13 @@ class _Table:
     def _mlp(self, prefix: str) -> tuple[ParameterSpec, ...]:
         wide = (self.model.intermediate, self.model.hidden)
         names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+        if self.design.gelu:
+            return (
+                self._rows(f"{names[1]}.weight", wide, "mlp.up", 0),
+                self._columns(f"{prefix}.down_proj.weight", wide[::-1], "mlp.down"),
+                self._rows(f"{names[1]}.bias", wide[:1], "mlp.up_bias", 0),
+                self._hidden_bias(f"{prefix}.down_proj.bias", "mlp.down_bias"),
+            )
         gate = self._rows(f"{names[0]}.weight", wide, "mlp.gate_up", 0)
         up = self._rows(f"{names[1]}.weight", wide, "mlp.gate_up", gate.rows)
         down = self._columns(f"{prefix}.down_proj.weight", wide[::-1], "mlp.down")
@@ -182,7 +193,7 @@ class _Table:
         inner = (model.hidden,) if kind == "weight" else ()
         suffix = "" if kind == "weight" else "_bias"
         wide, narrow = (queries, *inner), (model.kv_heads * model.dim_per_head, *inner)
-        if shares_heads(model, self.parts, self.is_sharded):
+        if self.design.inputs_first or shares_heads(model, self.parts, self.is_sharded):
             return (
                 self._rows(names[0], wide, f"attention.query{suffix}", 0),
                 self._kv(names[1], narrow, f"attention.key{suffix}", 0),
@@ -200,8 +211,12 @@ class _Table:
         """Of a matrix normal draws, of a bias zeros."""
         return Initial("normal", self.model.init_std) if len(shape) > 1 else Initial("constant", 0)
 
-    def _norm(self, name: str, local: str) -> ParameterSpec:
-        return self._vector(name, self.model.hidden, local, 1.0, parts_differ=self.norms_differ)
+    def _norm(self, name: str, local: str) -> tuple[ParameterSpec, ...]:
+        hidden, apart = self.model.hidden, self.norms_differ
+        weight = self._vector(f"{name}.weight", hidden, f"{local}.weight", 1.0, parts_differ=apart)
+        if not self.design.layer_norm:
+            return (weight,)
+        return weight, self._hidden_bias(f"{name}.bias", f"{local}.bias")
 
     def _hidden_bias(self, name: str, local: str) -> ParameterSpec:
         return self._vector(name, self.model.hidden, local, 0.0, parts_differ=self.norms_differ)

@@ -20,6 +20,8 @@ class EventLog:
         """
         self._identity = identity
         self._lock = threading.Lock()
+        self._reporting = threading.Lock()
+        """Held while a new event is reported, before `_lock`: an agreement begins after it."""
         self._call: Callable[[MembershipEvent], None] | None = None
         self._events: list[MembershipEvent] = []
         self._lost: set[Identity] = set()
@@ -28,19 +30,22 @@ class EventLog:
 
     def hear(self, event: MembershipEvent) -> None:
         """Add an event; report it at once if a member is lost and no agreement is under way."""
-        with self._lock:
-            if event in self._events:
-                return
-            if event.lost:
-                self._lost.add(event.identity)
-                self._events = [
-                    e for e in self._events if e.kind != "joining" or e.identity != event.identity
-                ]
-            self._events.append(event)
-            news = event.urgent and self._concerns(event) and not self._agreeing
-            call = self._call if news else None
-        if call is not None:
-            call(event)
+        with self._reporting:
+            with self._lock:
+                if event in self._events:
+                    return
+                if event.lost:
+                    self._lost.add(event.identity)
+                    self._events = [
+                        e
+                        for e in self._events
+                        if e.kind != "joining" or e.identity != event.identity
+                    ]
+                self._events.append(event)
+                news = event.urgent and self._concerns(event) and not self._agreeing
+                call = self._call if news else None
+            if call is not None:
+                call(event)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Set the function that gets each urgent event, in another thread; known ones come now."""
@@ -84,8 +89,8 @@ class EventLog:
         return events
 
     def begin_agreement(self) -> None:
-        """Report no event until `end_agreement`."""
-        with self._lock:
+        """Report no event until `end_agreement`; waits for a report that is under way."""
+        with self._reporting, self._lock:
             self._agreeing = True
 
     def end_agreement(self, generation: Generation | None) -> None:

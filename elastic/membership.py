@@ -96,6 +96,14 @@ class Membership:
             self._channel = WorkerChannel(channel, spec.liveness, self._hear)
             self._resources.callback(self._channel.close)
 
+    def hush(self) -> None:
+        """Report no loss any more until the next call of `agree` has ended.
+
+        That agreement knows of what is heard meanwhile. A loss in the old generation that was
+        reported after it was left would end the new one.
+        """
+        self._log.begin_agreement()
+
     def agree(
         self,
         *,
@@ -235,7 +243,8 @@ class Membership:
         """Set the function that is called, in another thread, as soon as a member is lost.
 
         It should release the worker's waits (abort its communicators), and must not block. It is
-        not called during `agree`, and afterwards it is called for members lost meanwhile.
+        not called during `agree`, nor after `hush`, and afterwards it is called for members lost
+        meanwhile.
         """
 
         def disturbed(event: MembershipEvent) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from holdfast.elastic.event_log import EventLog
@@ -57,6 +59,24 @@ def test_what_is_lost_while_workers_agree_is_called_for_afterwards(log: EventLog
     assert called == []
     log.end_agreement(generation(3, 0, 2))  # 1 is out of it; 2 has died meanwhile
     assert called == [event("ended", 2)]
+
+
+def test_an_agreement_begins_after_the_report_that_is_under_way(log: EventLog) -> None:
+    """Else it would reach a worker that has left the generation of the event."""
+    begin = threading.Thread(target=log.begin_agreement)
+    called: list[MembershipEvent] = []
+
+    def call(about: MembershipEvent) -> None:
+        called.append(about)
+        begin.start()
+        begin.join(0.1)
+        assert begin.is_alive()
+
+    log.on_urgent(call)
+    log.hear(event("ended", 1))
+    begin.join()
+    log.hear(event("ended", 2))
+    assert called == [event("ended", 1)]
 
 
 def test_a_failed_agreement_leaves_the_generation_as_it_was(log: EventLog) -> None:

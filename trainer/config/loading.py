@@ -107,9 +107,8 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown (the message has the nearest known one) or missing, a type
             is wrong, or the tokenizer that gives `model.vocab` cannot be read.
     """
-    sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
     chosen = {"model": _model_section(table), "optimizer": _optimizer_section(table)}
-    sections |= chosen
+    sections = {**_sections(), **chosen}
     for name, keys in table.items():
         if name not in sections:
             advice = section_advice(_cut(name), sections)
@@ -137,23 +136,41 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
     return msgspec.structs.replace(config, model=model)
 
 
+@functools.cache
+def _sections() -> Mapping[str, type[Any]]:
+    """The struct of each section, by its name."""
+    return {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
+
+
 def _check_tables(section: str, kind: type[Any], keys: Mapping[str, Any]) -> None:
     """Check that the lists of tables in a section have known keys.
 
     Raises:
         ConfigError: a key is unknown.
     """
-    for field in msgspec.structs.fields(kind):
-        [row_kind] = getattr(field.type, "__args__", ())[:1] or [None]
-        known = getattr(row_kind, "__struct_fields__", ())
-        rows = keys.get(field.name)
-        for number, row in enumerate(rows if known and isinstance(rows, list) else ()):
+    for listed, known in _tables_of(kind).items():
+        rows = keys.get(listed)
+        for number, row in enumerate(rows if isinstance(rows, list) else ()):
             for key in row if isinstance(row, Mapping) else ():
                 if key not in known:
-                    name = f"{section}.{field.name}[{number}]"
+                    name = f"{section}.{listed}[{number}]"
                     raise ConfigError(
                         f"{name}.{_cut(key)} is not a key{key_advice(name, _cut(key), known)}"
                     )
+
+
+@functools.cache
+def _tables_of(kind: type[Any]) -> Mapping[str, tuple[str, ...]]:
+    """The lists of tables in a section, each with the keys of its tables.
+
+    Kept, because msgspec compiles every annotation again whenever it is asked for the fields.
+    """
+    found = {}
+    for field in msgspec.structs.fields(kind):
+        [row_kind] = getattr(field.type, "__args__", ())[:1] or [None]
+        if known := getattr(row_kind, "__struct_fields__", ()):
+            found[field.name] = known
+    return found
 
 
 def _with_lists(table: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -221,10 +238,15 @@ def _converted(table: Mapping[str, Any], chosen: Mapping[str, type[Any]]) -> Run
     config = converted(plain, RunConfig)
     for name in chosen.keys() & table.keys():
         if chosen[name] is not bases[name]:
-            whole: Any = msgspec.defstruct("Whole", [(name, chosen[name])])
-            found = getattr(converted({name: table[name]}, whole), name)
+            found = getattr(converted({name: table[name]}, _whole(name, chosen[name])), name)
             config = msgspec.structs.replace(config, **{name: found})
     return config
+
+
+@functools.cache
+def _whole(name: str, kind: type[Any]) -> Any:
+    """A struct of one section, so that messages on its keys have the section's name."""
+    return msgspec.defstruct("Whole", [(name, kind)])
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:

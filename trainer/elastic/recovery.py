@@ -67,6 +67,8 @@ class Agreement(Protocol):
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None: ...
 
+    def hush(self) -> None: ...
+
     def agree(
         self,
         *,
@@ -247,6 +249,8 @@ class Recovery:
                 self.training.close()
             else:
                 self.training.finish_gather()
+        # Others of the old generation still say that they leave it: none may end the next one.
+        drives.membership.hush()
         drives.interruption.clear()
         generation = drives.membership.agree(
             step=self.training.progress.decided if self.training is not None else 0,

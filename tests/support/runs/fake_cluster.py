@@ -134,13 +134,19 @@ class FakeMembership:
     number: int = 0
     held: Mapping[int, int] = field(default_factory=dict)
     urgent: Callable[[MembershipEvent], None] | None = None
+    is_hushed: bool = False
+    """Whether no event may be reported, up to the end of an agreement."""
     the_store: FakeStore = field(default_factory=FakeStore)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         self.urgent = call
 
+    def hush(self) -> None:
+        self.is_hushed = True
+
     def agree(self, **call: Any) -> Generation:
         turn = self.script.pop(0)
+        self.is_hushed = False
         self.calls.append(call)
         own = status_from_data(call["data"])
         self.statuses.append(own)

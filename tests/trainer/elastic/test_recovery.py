@@ -179,6 +179,25 @@ def test_two_losses_in_a_row_cost_two_changes_and_no_step(config: RunConfig) -> 
     assert made.builder.loads == [None]
 
 
+def test_what_others_say_as_they_leave_a_generation_does_not_end_the_next(
+    config: RunConfig,
+) -> None:
+    """They say it while this worker gathers what it reports to the agreement."""
+    made = worker(config, [Turn(lost(3))], session=FakeSession(lose_at={2: "before"}))
+    gather = made.recovery._status
+
+    def gather_and_hear(**how: bool) -> WorkerStatus:
+        status = gather(**how)
+        if made.membership.urgent is not None and not made.membership.is_hushed:
+            made.membership.urgent(MembershipEvent("disturbed", Identity(2), "within a step"))
+        return status
+
+    made.recovery._status = gather_and_hear  # type: ignore[method-assign]
+    made.loop.run()
+    assert len(made.session.changes) == 2
+    made.interruption.check()
+
+
 def test_too_few_ranks_end_the_worker_and_are_not_tried_again(config: RunConfig) -> None:
     refused = Turn(error=Minority("1 rank is left, elastic.min_ranks = 2"))
     made = worker(config, [refused], session=FakeSession(lose_at={2: "before"}))

@@ -42,18 +42,29 @@ class ElasticRun:
 
     root: Path
     process: Process
+    _read: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = field(default_factory=dict)
+    """By the name of a file: its size and time when it was last read, and its lines then. Those who
+    wait look fifty times a second, and plans take long to parse."""
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """What the run has recorded so far; of one kind, or all."""
-        path = self.root / "events.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        found = [json.loads(line) for line in lines]
-        return [event for event in found if name in ("", event["event"])]
+        return [event for event in self._lines("events.jsonl") if name in ("", event["event"])]
 
     def steps(self) -> list[dict[str, Any]]:
-        path = self.root / "metrics.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return list(self._lines("metrics.jsonl"))
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of a file."""
+        path = self.root / name
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return []
+        state = now.st_size, now.st_mtime_ns
+        if name not in self._read or self._read[name][0] != state:
+            lines = path.read_bytes().split(b"\n")[:-1]
+            self._read[name] = state, [json.loads(line) for line in lines]
+        return self._read[name][1]
 
     def living(self) -> dict[int, dict[str, Any]]:
         """The newest worker of each rank that has a process: its `worker_started` event."""

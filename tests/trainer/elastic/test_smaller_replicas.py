@@ -18,12 +18,13 @@ TRAIN = {"steps": 8, "global_batch": 6, "seq_len": 32}
 NUMERICS = {"tensor_shards": 4}
 MODEL = {"layers": 4, "kv_heads": 2}
 SECTIONS: dict[str, Any] = {"train": TRAIN, "model": MODEL, "numerics": NUMERICS}
+SHALLOW: dict[str, Any] = {**SECTIONS, "model": {**MODEL, "layers": 2}}
+"""For runs without chunks of layers."""
 PACE_S = 0.2
 
 
-@pytest.fixture(scope="module")
-def expected(cluster: Cluster) -> dict[str, Any]:
-    return bits_of(run_training(cluster, make_config(**SECTIONS)))
+def expected_of(cluster: Cluster, sections: dict[str, Any]) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(**sections)))
 
 
 def stages_of(run: ElasticRun) -> list[list[list[list[int]]]]:
@@ -32,30 +33,26 @@ def stages_of(run: ElasticRun) -> list[list[list[list[int]]]]:
     return [found for found, _ in groupby(stages)]
 
 
-def test_one_replica_loses_rank_after_rank(start: Starter, expected: dict[str, Any]) -> None:
+def test_one_replica_loses_rank_after_rank(start: Starter, cluster: Cluster) -> None:
     kills = [(1, 2, "backward"), (3, 3, "reduce"), (0, 5, "gather")]
     run = start(
-        **SECTIONS,
+        **SHALLOW,
         parallel={"tensor": 4},
-        elastic=pace(
-            {
-                "respawn": False,
-                "min_ranks": 1,
-                "local_nodes": 4,
-                "chaos": [fault("kill", rank, step, phase) for rank, step, phase in kills],
-            },
-            PACE_S,
-            rank=2,
-        ),
+        elastic={
+            "respawn": False,
+            "min_ranks": 1,
+            "local_nodes": 4,
+            "chaos": [fault("kill", rank, step, phase) for rank, step, phase in kills],
+        },
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_of(cluster, SHALLOW)
     assert stages_of(run)[1:] == [[[[0, 2], [3]]], [[[0, 2]]], [[[2]]]]
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
 
 
 def test_stages_of_different_degrees_send_each_other_tokens(
-    start: Starter, expected: dict[str, Any]
+    start: Starter, cluster: Cluster
 ) -> None:
     """Layers stay with two chunks a rank; lost ranks come back, and replicas are whole again."""
     run = start(
@@ -70,7 +67,7 @@ def test_stages_of_different_degrees_send_each_other_tokens(
         elastic=pace({"chaos": [fault("kill", 1, 2), fault("kill", 6, 3, "backward")]}, PACE_S),
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_of(cluster, SECTIONS)
     stages = stages_of(run)
     assert [[[0], [2, 3]], [[4, 5], [6, 7]]] in stages
     assert any([len(held) for held in after[1]] != [2, 2] for after in stages)
@@ -82,25 +79,21 @@ def test_a_context_group_loses_a_rank(
     start: Starter, cluster: Cluster, shards: int, exchange: str
 ) -> None:
     sections: dict[str, Any] = {
-        **SECTIONS,
+        **SHALLOW,
         "numerics": {"tensor_shards": shards},
-        "train": {**TRAIN, "context_chunks": 4, "precision": "bf16"},
+        "train": {**TRAIN, "steps": 5, "global_batch": 4, "context_chunks": 4, "precision": "bf16"},
         "data": {"packing": "documents"},
     }
-    expected = bits_of(run_training(cluster, make_config(**sections)))
     run = start(
         **sections,
         parallel={"tensor": 2, "context": 2, "pipeline": 2, "context_exchange": exchange},
-        elastic=pace(
-            {
-                "respawn": False,
-                "chaos": [fault("kill", 2, 2, "backward"), fault("kill", 5, 4, "vote")],
-            },
-            PACE_S,
-        ),
+        elastic={
+            "respawn": False,
+            "chaos": [fault("kill", 2, 2, "backward"), fault("kill", 5, 4, "vote")],
+        },
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_of(cluster, sections)
     first, after_one, after_two = stages_of(run)
     assert first == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert after_one == [[[0, 1], [3]], [[4, 5, 6, 7]]]
@@ -110,7 +103,7 @@ def test_a_context_group_loses_a_rank(
 def test_smaller_replicas_evaluate_and_save_what_one_process_does(start: Starter) -> None:
     """Columns of a matrix lie with ranks of different replicas then."""
     sections: dict[str, Any] = {
-        **SECTIONS,
+        **SHALLOW,
         "train": {**TRAIN, "eval_every": 2, "eval_batches": 1},
         "checkpoint": {"every": 2, "keep": 0},
     }

@@ -47,9 +47,9 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def run_of(model: dict[str, Any], layout: dict[str, Any], **sections: Any) -> Any:
-    train = {"steps": 2, "seq_len": 32, "global_batch": 6, "context_chunks": 4}
+    train = {"steps": 2, "seq_len": 32, "global_batch": 3, "context_chunks": 4}
     config = make_config(
-        model={"layers": 4, "heads": 8, "kv_heads": 2, **model},
+        model={"layers": 2, "heads": 8, "kv_heads": 2, **model},
         train={**train, **sections.pop("train", {})},
         numerics={"tensor_shards": 4, **sections.pop("numerics", {})},
         parallel=layout,

@@ -243,15 +243,7 @@ class Recovery:
     def _change(self, urgent: bool, leaving: bool) -> CompletedChange:
         drives = self._drives
         began = drives.clock()
-        drives.saves.cancel()
-        if self.training is not None:
-            if urgent:
-                self.training.close()
-            else:
-                self.training.finish_gather()
-        # Others of the old generation still say that they leave it: none may end the next one.
-        drives.membership.hush()
-        drives.interruption.clear()
+        self._leave(urgent=urgent)
         generation = drives.membership.agree(
             step=self.training.progress.decided if self.training is not None else 0,
             phase=WITHIN_STEP if urgent else BETWEEN_STEPS,
@@ -301,6 +293,19 @@ class Recovery:
         )
         _log(change)
         return change
+
+    def _leave(self, *, urgent: bool) -> None:
+        """Leave the old generation, of which this rank hears no more."""
+        drives = self._drives
+        drives.saves.cancel()
+        if self.training is not None:
+            if urgent:
+                self.training.close()
+            else:
+                self.training.finish_gather()
+        # Others still say that they leave it, and none may end the next one.
+        drives.membership.hush()
+        drives.interruption.clear()
 
     def _status(self, *, urgent: bool) -> WorkerStatus:
         training = self.training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.models.chunk import ModelChunk, build_whole_model
 from support.oracles.plain_llama import PlainLlama, Shape, StepRecord, train_plainly
+from support.oracles.plain_loop import batches_of, rates_of
 from support.processes.cluster import Cluster
 from support.runs.sequences import windows_of
 from support.runs.small_runs import make_config, run_training, world_size_of
@@ -129,7 +129,7 @@ def plain_records(
     sizes: list[int] | None = None,
 ) -> list[StepRecord]:
     config = fifty_steps()
-    model, train, optimizer = config.model, config.train, config.optimizer
+    model = config.model
     plain = PlainLlama(
         Shape(
             layers=model.layers,
@@ -141,24 +141,13 @@ def plain_records(
         )
     )
     plain.load_named(named_values(whole_model(config)))
-    data = open_dataset(config.data, vocab=model.vocab, seq_len=train.seq_len, seed=train.seed)
-
-    def batches(step: int) -> Tensor:
-        own = sizes or [train.global_batch] * train.steps
-        first = sum(own[:step])
-        rows = [windows_of(data.sample(first + row)) for row in range(own[step])]
-        return torch.from_numpy(np.concatenate(rows))
-
-    def rate(step: int) -> float:
-        """Linear warm-up and cosine decay, written anew."""
-        if step < optimizer.warmup_steps:
-            return optimizer.lr * (step + 1) / optimizer.warmup_steps
-        part = (step - optimizer.warmup_steps) / (train.steps - 1 - optimizer.warmup_steps)
-        half = (optimizer.lr - optimizer.min_lr) / 2
-        return optimizer.min_lr + half * (1 + math.cos(math.pi * part))
-
     return train_plainly(
-        plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch, skips=skips
+        plain,
+        batches_of(config, sizes or ()),
+        rates_of(config),
+        steps=config.train.steps,
+        micro_batch=config.train.micro_batch,
+        skips=skips,
     )
 
 

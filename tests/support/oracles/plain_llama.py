@@ -151,7 +151,7 @@ class StepRecord:
 
 
 def train_plainly(
-    model: PlainLlama,
+    model: nn.Module,
     batches: Callable[[int], Tensor],
     learning_rate: Callable[[int], float],
     *,
@@ -168,6 +168,7 @@ def train_plainly(
     """The usual training loop: autograd, clip_grad_norm_, torch.optim.AdamW.
 
     Args:
+        model: int64[rows, seq] -> the logits.
         optimizers: in AdamW's place, with what multiplies the learning rate as a group's "factor".
         batches: step -> int64[global_batch, seq + 1].
         skips: whether the last of the steps so far is left out.

@@ -1,15 +1,17 @@
-"""The keys of GPT-2: those that it has follow from others, those that it has not are refused."""
+"""GPT-2's keys, of which some follow from others and some are refused, and the bytes of a layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.pipeline import Batch, MicroBatchContext
 from holdfast.trainer.config import convert_config
 from holdfast.trainer.config.rules import problems_of
-from holdfast.trainer.models import family_of, layer_specs
+from holdfast.trainer.models import build_whole_model, family_of, layer_specs
 from holdfast.trainer.models.gpt2.family import GPT2Config
 
 
@@ -65,3 +67,38 @@ def test_scaled_rotary_embedding_and_another_activation_are_refused() -> None:
         convert_config({"model": table | {"activation": "relu"}})
     with pytest.raises(ConfigError, match=r"model\.sliding_window is not a key"):
         convert_config({"model": table | {"sliding_window": 4}})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_layer_keeps_as_many_bytes_as_its_plan_says(precision: str) -> None:
+    sizes = {"seq_len": 256, "micro_batch": 2}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+    def kept(layers: int) -> int:
+        """The bytes that autograd keeps of a forward pass, parameters left out."""
+        found = GPT2Config(family="gpt2", layers=layers, hidden=256, heads=4, vocab=320)
+        chunk = build_whole_model(found, dtype=dtype, device=torch.device("cpu"), seed=1, **sizes)
+        own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        tokens = torch.zeros(2, 257, dtype=torch.int64)
+        context = MicroBatchContext(0, 0, True, Batch(tokens[:, :-1], tokens[:, 1:]))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            loss = chunk(None, context)
+        assert loss.requires_grad
+        return sum(size for place, size in seen.items() if place not in own)
+
+    specs = layer_specs(
+        GPT2Config(family="gpt2", layers=1, hidden=256, heads=4, vocab=320),
+        tensor=1,
+        sequence_parallel=False,
+        precision=precision,
+        recompute="none",
+        **sizes,
+    )
+    assert kept(2) - kept(1) == pytest.approx(specs[1].activation_bytes, rel=0.01)

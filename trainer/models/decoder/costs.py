@@ -42,13 +42,15 @@ class Costs:
         hidden_bytes = tokens * model.hidden * size // split
         # Each head has a copy of its keys where slices do not divide these (context_parallel).
         self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
-        core_bytes = tokens * size * (projected + 2 * attention) // tensor
+        rotated = 0 if design.learned_positions else 2 * attention
+        core_bytes = tokens * size * (projected + rotated) // tensor
         mlp_bytes = tokens * size * features * wide // tensor
         if design.experts is not None:  # rows at the experts and back, and the router's scores
             rows = 2 * design.experts.per_token * model.hidden * size
             mlp_bytes += tokens * (rows + 8 * design.experts.count) // tensor
-        # LayerNorm keeps what its weight is multiplied with.
-        norms_bytes = (6 if design.layer_norm else 4) * hidden_bytes
+        norms_bytes = 4 * hidden_bytes
+        if design.layer_norm:  # its input and what its weight is multiplied with are wide
+            norms_bytes = 2 * hidden_bytes * (size + 2 * max(4, size)) // size
         kept = norms_bytes + mlp_bytes + tokens * size * attention // tensor
         self.hidden_bytes = hidden_bytes
         self.layer_activation_bytes = {

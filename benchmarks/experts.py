@@ -26,7 +26,7 @@ from harness import machine
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.models.decoder.experts import Experts
-from holdfast.trainer.models.decoder.section import ExpertDesign
+from holdfast.trainer.models.decoder.section import ExpertDesign, RouterDesign
 from holdfast.trainer.models.qwen3_moe.family import Qwen3MoeConfig
 
 SIZES = (
@@ -79,11 +79,7 @@ class _Ours(torch.nn.Module):
             count=size["experts"],
             per_token=size["per_token"],
             intermediate=size["intermediate"],
-            normalizes=True,
-            aux_loss=0.0,
-            z_loss=0.0,
-            router="",
-            matrices=("", "", ""),
+            router=RouterDesign(aux_loss=0.0, z_loss=0.0),
         )
         tp = TensorParallel(None, False)
         self.layer = Experts(model, design, 1, tp, WeightGradientQueue())

@@ -7,6 +7,7 @@ from .products import (
 from .routing import (
     Choices as Choices,
     Router as Router,
+    add_gradient as add_gradient,
     add_loss as add_loss,
     balance_loss as balance_loss,
     logits_of as logits_of,

@@ -114,6 +114,26 @@ def balance_loss(choices: Choices, counts: Tensor, rows: Tensor, tokens: Tensor)
     return (factor[rows] * choices.shares).sum()
 
 
+def add_gradient(value: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """`value` as it is; what it leads to gives `parameter` this gradient, whatever that is.
+
+    The gradient is rounded to the parameter's type.
+    """
+    return _AddGradient.apply(value, parameter, gradient)  # pyrefly: ignore[bad-return]
+
+
+class _AddGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient.to(parameter.dtype)
+        return value.view_as(value)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.gradient, None
+
+
 def add_loss(value: Tensor, loss: Tensor, scale: float) -> Tensor:
     """`value` as it is, and `loss` times `scale` in the gradient of what `value` leads to."""
     return _AddLoss.apply(value, loss, scale)  # pyrefly: ignore[bad-return]

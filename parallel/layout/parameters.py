@@ -50,6 +50,9 @@ class ParameterSpec:
     """Whether the optimizer updates it as one, so that all of its rows are one block."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
+    balance: float | None = None
+    """Of biases that even loads: what a step changes each by, up where the load, which is its
+    gradient, is below the mean, and down where it is above. None: the optimizer updates it."""
 
     @property
     def rows(self) -> int:

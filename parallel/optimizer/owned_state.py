@@ -170,5 +170,11 @@ def block_update(
     """
     kinds = tuple(state[kind.name] for kind in form.rule.kinds)
     return BlockUpdate(
-        state[MASTER], gradient, kinds, place.decays, group=place.group, matrix=place.matrix
+        state[MASTER],
+        gradient,
+        kinds,
+        place.decays,
+        group=place.group,
+        matrix=place.matrix,
+        balance=place.balance,
     )

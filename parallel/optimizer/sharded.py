@@ -234,7 +234,8 @@ class ShardedOptimizer:
 
         Returns:
             squares: float64[slots] on CPU: each block's sum of squares in its slot if this rank
-                owns it, zero elsewhere, so that a sum over ranks gives all slots.
+                owns it, zero elsewhere, so that a sum over ranks gives all slots. Loads of biases
+                are no gradients: theirs is zero, too.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         flags = self.finish_sums()
@@ -242,7 +243,8 @@ class ShardedOptimizer:
         found, raised = self._exchange.finish()
         squares = torch.zeros(self.slots, dtype=torch.float64)
         for block, square in zip(self.owned, found, strict=True):
-            squares[self.slot(block.key)] = square
+            if block.segment.spec.balance is None:
+                squares[self.slot(block.key)] = square
         return squares, flags | raised
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:

@@ -8,6 +8,7 @@ from .linear import (
     of_parts as of_parts,
     row_linear as row_linear,
     sum_partials as sum_partials,
+    to_parts as to_parts,
 )
 from .split import (
     TensorParallel as TensorParallel,

@@ -81,6 +81,14 @@ def sum_partials(partial: Tensor, tp: TensorParallel) -> Tensor:
     return _SumPartials.apply(partial, tp)  # pyrefly: ignore[bad-return]
 
 
+def to_parts(value: Tensor, tp: TensorParallel) -> list[Tensor]:
+    """A hidden state of all tokens, for each own part; the parts' gradients are summed.
+
+    Collective over the group of `tp`.
+    """
+    return list(_ToParts.apply(value, tp))
+
+
 def in_slice(weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
     """The weight for one slice, whose gradient is added by itself. Local.
 
@@ -241,6 +249,20 @@ class _SumPartials(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return ctx.tp.whole(grad_output), None
+
+
+class _ToParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, tp: TensorParallel) -> tuple[Tensor, ...]:
+        ctx.tp = tp
+        whole = tp.whole(value)
+        return tuple(whole.view_as(whole) for _ in tp.own_parts)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        own = [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
+        return ctx.tp.sum(own), None
 
 
 class _InSlice(torch.autograd.Function):

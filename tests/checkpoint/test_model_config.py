@@ -26,6 +26,7 @@ CLASSES = {
     "qwen3": "Qwen3Config",
     "mixtral": "MixtralConfig",
     "qwen3_moe": "Qwen3MoeConfig",
+    "deepseek_v3": "DeepseekV3Config",
     "gpt2": "GPT2Config",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def run_reference(config: RunConfig) -> RankCapture:
     rows = [(spec, parameter) for (*_, spec), parameter in chunk.rows()]
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
-    parameters = list(dict.fromkeys(p for _, p in rows if p not in second_uses))
+    loads = {parameter for spec, parameter in rows if spec.balance is not None}
+    parameters = list(dict.fromkeys(p for _, p in rows if p not in second_uses | loads))
     segments = [_Segment.of(spec, p) for spec, p in rows if p not in second_uses]
     optimizers = _optimizers(config, segments)
     data = open_split(config, "train")
@@ -105,6 +107,24 @@ class _Segment:
         self.local.data[first : first + self.spec.rows].copy_(self.own.data)
 
 
+class _Balance(torch.optim.Optimizer):
+    """The rule of biases that even the loads of experts, by its definition."""
+
+    def __init__(self, biases: nn.Parameter, speed: float) -> None:
+        super().__init__([biases], {"lr": 0.0})
+        self._biases, self._speed = biases, speed
+
+    @torch.no_grad()
+    # pyrefly: ignore[bad-override]
+    def step(self, closure: Any = None) -> None:
+        loads = self._biases.grad
+        assert loads is not None
+        counts = [int(load) for load in loads.tolist()]
+        for place, count in enumerate(counts):
+            above = count * len(counts) - sum(counts)
+            self._biases[place] -= self._speed * ((above > 0) - (above < 0))
+
+
 def _optimizers(
     config: RunConfig, segments: Sequence[_Segment]
 ) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -120,14 +140,19 @@ def _optimizers(
     references = [(rule.reference, False)]
     if rule.matrices is not None:
         references.append((rule.matrices.reference, True))
-    found = []
+    found: list[tuple[torch.optim.Optimizer, float]] = [
+        (_Balance(own, place.balance), 1.0)
+        for own, place in places.items()
+        if place.balance is not None
+    ]
     for (number, group), (reference, matrices) in product(enumerate(groups.groups), references):
         members = [
             (
                 [
                     parameter
                     for parameter, place in places.items()
-                    if (place.group, place.decays) == (number, decays)
+                    if place.balance is None
+                    and (place.group, place.decays) == (number, decays)
                     and (place.matrix is not None) is matrices
                 ],
                 decays,

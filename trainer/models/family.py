@@ -28,6 +28,7 @@ M = TypeVar("M", bound=ModelConfig)
 M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
 
 FAMILIES: Mapping[str, str] = {
+    "deepseek_v3": "holdfast.trainer.models.deepseek_v3",
     "gpt2": "holdfast.trainer.models.gpt2",
     "llama": "holdfast.trainer.models.llama",
     "mistral": "holdfast.trainer.models.mistral",

@@ -64,7 +64,10 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
 def _with_matrices(layer: LayerSpec) -> LayerSpec:
     """A transformer layer whose matrices are updated as such. Pure."""
     tables = tuple(
-        tuple(replace(spec, whole=len(spec.shape) == 2 and spec.decay) for spec in table)
+        tuple(
+            replace(spec, whole=spec.whole or (len(spec.shape) == 2 and spec.decay))
+            for spec in table
+        )
         for table in layer.parameters
     )
     return replace(layer, parameters=tables)

@@ -35,6 +35,7 @@ def with_average(rule: OptimizerRule[Any], decay: float) -> OptimizerRule[Any]:
         rule,
         kinds=(*rule.kinds, StateKind(AVERAGE)),
         update_blocks=_averaging(rule.update_blocks, decay),
+        balance=_averaging(rule.balance, decay),
         matrices=matrices and MatrixRule(_averaging(matrices.update, decay), matrices.reference),
     )
 

@@ -49,6 +49,8 @@ class Parameter(Protocol):
     def rows(self) -> int: ...
     @property
     def row_elements(self) -> int: ...
+    @property
+    def balance(self) -> float | None: ...
 
 
 class Place(NamedTuple):
@@ -60,6 +62,8 @@ class Place(NamedTuple):
     """Whether weight decay applies."""
     matrix: tuple[int, int] | None
     """Rows and columns, if it is updated as a matrix."""
+    balance: float | None = None
+    """As of `ParameterSpec`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +94,13 @@ class ParameterGroups(Generic[S]):
     def place(self, parameter: Parameter) -> Place:
         """What an update needs to know of a parameter. Pure."""
         number = self.number(parameter.name)
-        is_matrix = parameter.whole and self.rule.matrices is not None
+        balances = parameter.balance is not None
+        is_matrix = parameter.whole and self.rule.matrices is not None and not balances
         return Place(
             number,
             parameter.decay or self.groups[number].all_decay,
             (parameter.rows, parameter.row_elements) if is_matrix else None,
+            parameter.balance,
         )
 
     def update(self, updates: Sequence[BlockUpdate], step: Tensor, lr: float) -> None:
@@ -110,10 +116,12 @@ class ParameterGroups(Generic[S]):
         for number, group in enumerate(self.groups):
             chosen = [update for update in updates if update.group == number]
             rate = lr * group.rate_factor
-            elements = [update for update in chosen if update.matrix is None]
+            biases = [update for update in chosen if update.balance is not None]
+            matrices = [update for update in chosen if update.matrix is not None]
+            elements = [u for u in chosen if u.matrix is None and u.balance is None]
             _update(self.rule.update_blocks, elements, step, rate, group.settings)
-            if of_matrices is not None and len(elements) < len(chosen):
-                matrices = [update for update in chosen if update.matrix is not None]
+            _update(self.rule.balance, biases, step, rate, group.settings)
+            if of_matrices is not None:
                 _update(of_matrices.update, matrices, step, rate, group.settings)
 
 

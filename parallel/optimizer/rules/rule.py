@@ -63,6 +63,8 @@ class BlockUpdate:
     """The number of its parameter's group."""
     matrix: tuple[int, int] | None = None
     """The rows and columns of a matrix that is updated as such; None: elementwise."""
+    balance: float | None = None
+    """As of `ParameterSpec`; the block has the biases of all loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,24 @@ class MatrixRule(Generic[S]):
     """As `OptimizerRule.reference`, for these parameters."""
 
 
+_EVEN = 2.0**-20
+"""The share of the mean by which a load may differ from it and count as even: clipping scales and
+rounds the loads with the gradients."""
+
+
+def balance_blocks(updates: Sequence[BlockUpdate], step: Tensor, lr: float, settings: Any) -> None:
+    """Change each bias towards even loads (Wang et al. 2024, "Auxiliary-loss-free load balancing").
+
+    As `OptimizerRule.update_blocks`, for blocks with a `balance`. Exact-mode safe.
+    """
+    for update in updates:
+        loads = update.gradient.double()
+        mean = loads.mean()
+        below = mean - loads
+        signs = below.sign().mul_(below.abs() > mean * _EVEN)
+        update.master.add_(signs.to(update.master.dtype) * (update.balance or 0.0))
+
+
 @dataclass(frozen=True, slots=True)
 class OptimizerRule(Generic[S]):
     """An optimizer. `S` is the type of its constants."""
@@ -112,6 +132,8 @@ class OptimizerRule(Generic[S]):
     step."""
     matrices: MatrixRule[S] | None = None
     """The update of matrices, if it is another; None: it is that of all blocks."""
+    balance: Callable[[Sequence[BlockUpdate], Tensor, float, S], None] = balance_blocks
+    """The update of biases that even loads: the same for every optimizer."""
     constants: tuple[str, ...] = ("betas", "eps", "weight_decay")
     """The keys of all optimizers that it uses."""
     own_keys: tuple[OwnKey, ...] = ()

@@ -33,6 +33,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gpt2": ("GPT2", GPT2 | {"n_positions": CONTEXT}),
     "mixtral": ("Mixtral", EXPERTS),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 10,
+            "num_mtp_layers": 0,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3Moe",
         {

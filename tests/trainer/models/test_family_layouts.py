@@ -12,6 +12,7 @@ from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.check.tiny import tiny_config
 from holdfast.trainer.config.rules import problems_of
 from support.oracles.transformers_models import (
+    DEEPSEEK,
     by_name,
     context_of,
     gradient_of,
@@ -35,6 +36,13 @@ MODELS: list[dict[str, Any]] = [
     },
     {"family": "mixtral", "experts": 4, "experts_per_token": 1, "sliding_window": 6},
     {"family": "gpt2", "kv_heads": 0},
+    DEEPSEEK
+    | {
+        "heads": 8,
+        "kv_heads": 8,
+        "router_bias_speed": 0.1,
+        "router_aux_loss_coef": 0.1,
+    },
 ]
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "pipeline": 2},

@@ -33,8 +33,22 @@ tensorboard = false
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 6},
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
     "gpt2": {"n_inner": 24, "intermediate_size": None, "num_key_value_heads": None},
+    "deepseek_v3": {
+        "num_key_value_heads": SIZES["heads"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_mtp_layers": 0,
+    },
 }
 
 

@@ -14,7 +14,9 @@ from .section import (
     Design as Design,
     ExpertConfig as ExpertConfig,
     ExpertDesign as ExpertDesign,
+    LatentDesign as LatentDesign,
     LayeredWindowConfig as LayeredWindowConfig,
     LearnedPositionsConfig as LearnedPositionsConfig,
+    RouterDesign as RouterDesign,
     WindowedConfig as WindowedConfig,
 )

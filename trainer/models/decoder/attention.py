@@ -132,10 +132,10 @@ class Attention(nn.Module):
             sizes = {"query": (len(own), heads * dim), "key": one, "value": one}
         self._names = list(sizes)
         for name, (count, rows) in sizes.items():
-            setattr(self, name, _stack(count, *design.shape(rows, hidden)))
+            setattr(self, name, stack_of_parts(count, *design.shape(rows, hidden)))
             if design.qkv_bias:
-                setattr(self, f"{name}_bias", _stack(count, rows))
-        self.output = _stack(len(own), *design.shape(hidden, heads * dim))
+                setattr(self, f"{name}_bias", stack_of_parts(count, rows))
+        self.output = stack_of_parts(len(own), *design.shape(hidden, heads * dim))
         self.output_bias = nn.Parameter(torch.empty(hidden)) if design.output_bias else None
         self.query_norm = nn.Parameter(torch.ones(dim)) if design.head_norms else None
         self.key_norm = nn.Parameter(torch.ones(dim)) if design.head_norms else None
@@ -233,5 +233,6 @@ def sharing_parts(model: DecoderConfig, tp: TensorParallel) -> int:
     return min(tp.parts // model.kv_heads, len(tp.own_parts))
 
 
-def _stack(parts: int, *shape: int) -> nn.ParameterList:
+def stack_of_parts(parts: int, *shape: int) -> nn.ParameterList:
+    """A parameter for each of a rank's parts."""
     return nn.ParameterList(torch.empty(*shape) for _ in range(parts))

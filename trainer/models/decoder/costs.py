@@ -24,44 +24,36 @@ class Costs:
         micro_batch: int,
         precision: str,
     ) -> None:
-        size = PRECISIONS[precision].bytes
-        tokens, dim = seq_len * micro_batch, model.dim_per_head
-        attention = model.heads * dim
-        projected = attention + 2 * model.kv_heads * dim
-        wide, router = model.intermediate, 0
-        if design.experts is not None:
-            wide = design.experts.per_token * design.experts.intermediate
-            router = design.experts.count
-        # Of each feature of an MLP: the weights, and the values that are kept.
-        matrices, features = (2, 2) if design.gelu else (3, 4)
-        weights = model.hidden * (projected + attention + matrices * wide + router)
-        self._per_key, self._seq_len, self._design = 4.0 * tokens * attention, seq_len, design
-        self._products = 2.0 * tokens * weights
+        self._model, self._design, self._tensor, self._seq_len = model, design, tensor, seq_len
+        self._size = size = PRECISIONS[precision].bytes
+        self._tokens = tokens = seq_len * micro_batch
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
-        hidden_bytes = tokens * model.hidden * size // split
+        self.hidden_bytes = tokens * model.hidden * size // split
         # Each head has a copy of its keys where slices do not divide these (context_parallel).
-        self.keys_bytes = 2 * tokens * attention * (size + max(4, size)) // tensor
-        rotated = 0 if design.learned_positions else 2 * attention
-        core_bytes = tokens * size * (projected + rotated) // tensor
-        mlp_bytes = tokens * size * features * wide // tensor
-        if design.experts is not None:  # rows at the experts and back, and the router's scores
-            rows = 2 * design.experts.per_token * model.hidden * size
-            mlp_bytes += tokens * (rows + 8 * design.experts.count) // tensor
-        norms_bytes = 4 * hidden_bytes
-        if design.layer_norm:  # its input and what its weight is multiplied with are wide
-            norms_bytes = 2 * hidden_bytes * (size + 2 * max(4, size)) // size
-        kept = norms_bytes + mlp_bytes + tokens * size * attention // tensor
-        self.hidden_bytes = hidden_bytes
-        self.layer_activation_bytes = {
-            "none": kept + core_bytes,
-            "selective": kept + tokens * size * projected // tensor,
-            "full": hidden_bytes,
-        }
+        attended = model.heads * model.dim_per_head
+        self.keys_bytes = 2 * tokens * attended * (size + max(4, size)) // tensor
         self.embedding_activation_bytes = (18 if design.learned_positions else 9) * tokens
         wide = max(4, size)
         self.logits_bytes = tokens * model.vocab * wide // tensor
         self.chunk_entry_bytes = tokens * wide
+        self._attention_weights, self._projected, self._latent_bytes = self._of_attention(split)
+
+    def _of_attention(self, split: int) -> tuple[int, int, int]:
+        """The weights of attention's projections, the features that they give each token for its
+        queries, keys and values, and the bytes kept beside those features."""
+        model, latent = self._model, self._design.latent
+        attended = model.heads * model.dim_per_head
+        if latent is None:
+            projected = attended + 2 * model.kv_heads * model.dim_per_head
+            return model.hidden * (projected + attended), projected, 0
+        queries = latent.query_rank or model.hidden
+        down = latent.query_rank + latent.rank + latent.turning
+        up = queries * attended + latent.rank * model.heads * (latent.plain + latent.value)
+        output = model.heads * latent.value * model.hidden
+        # Latent vectors before and after their norms, and values of as many elements as keys.
+        kept = self._tokens * self._size * 2 * down // split
+        return model.hidden * down + up + output, 3 * attended, kept
 
     def core_flops(self, layer: int) -> float:
         """Of a layer's attention: of queries with the keys that they see."""
@@ -69,11 +61,17 @@ class Costs:
         seen = self._seq_len / 2
         if is_windowed(window, self._seq_len):
             seen = window - window * window / (2 * self._seq_len)
-        return self._per_key * seen
+        return 4.0 * self._tokens * self._model.heads * self._model.dim_per_head * seen
 
     def layer_flops(self, layer: int) -> float:
         """Of a layer's forward pass."""
-        return self._products + self.core_flops(layer)
+        experts, hidden = self._design.experts_of(layer), self._model.hidden
+        wide, router = self._model.intermediate, 0
+        if experts is not None:
+            wide = experts.per_token * experts.intermediate + experts.shared
+            router = experts.count
+        weights = self._attention_weights + hidden * (3 * wide + router)
+        return 2.0 * self._tokens * weights + self.core_flops(layer)
 
     def recompute_flops(self, layer: int, recompute: str) -> float:
         """Of what a layer computes again."""
@@ -83,6 +81,24 @@ class Costs:
             case "full":
                 return self.layer_flops(layer)
         return 0.0
+
+    def layer_activation_bytes(self, layer: int, recompute: str) -> int:
+        """What a layer keeps."""
+        if recompute == "full":
+            return self.hidden_bytes
+        model, tensor, of_tokens = self._model, self._tensor, self._tokens * self._size
+        experts, wide = self._design.experts_of(layer), model.intermediate
+        if experts is not None:
+            wide = experts.per_token * experts.intermediate + experts.shared
+        kept = 4 * self.hidden_bytes + of_tokens * 4 * wide // tensor + self._latent_bytes
+        if experts is not None:  # rows at the experts and back, and the router's scores
+            rows = 2 * experts.per_token * model.hidden * self._size
+            kept += self._tokens * (rows + 8 * experts.count) // tensor
+        attended = model.heads * model.dim_per_head
+        kept += of_tokens * attended // tensor
+        if recompute == "selective":
+            return kept + of_tokens * self._projected // tensor
+        return kept + of_tokens * (self._projected + 2 * attended) // tensor
 
     def head_activation_bytes(self, vocab_chunk: int) -> int:
         """What the head keeps, with the one chunk of logits that is in memory while it computes."""

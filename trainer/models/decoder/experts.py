@@ -6,12 +6,16 @@ slice are computed as one, wherever they come from. Exact-mode safe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.expert_parallel import (
     Choices,
     Router,
+    add_gradient,
     add_loss,
     balance_loss,
     dispatch,
@@ -46,11 +50,29 @@ class Experts(nn.Module):
         layer: int,
         tp: TensorParallel,
         queue: WeightGradientQueue,
+        shared: nn.Module | None = None,
     ) -> None:
+        """Local.
+
+        Args:
+            shared: the MLP that all tokens go to beside their experts.
+        """
         super().__init__()
         self._tp, self._queue, self._design, self._layer = tp, queue, design, layer
-        self._router = Router(design.per_token, normalizes=design.normalizes)
+        router = design.router
+        self._router = Router(
+            design.per_token,
+            router.score,
+            router.normalizes,
+            router.scale,
+            router.groups,
+            router.group_limit,
+        )
         self.router = nn.Parameter(torch.empty(design.count, model.hidden))
+        self.router_bias: nn.Parameter | None = None
+        if router.bias_speed is not None:
+            self.router_bias = nn.Parameter(torch.empty(design.count))
+        self.shared = shared
         parts = len(tp.own_parts)
         own = [
             _Expert(model.hidden, design.intermediate, parts)
@@ -78,8 +100,11 @@ class Experts(nn.Module):
         choices = self._choices(value, number, decisions.get(number))
         decisions[number] = choices.experts
         counted = self._counted(context, number, value)
-        if context.training and is_new:
-            self._note(choices, counted, context, number)
+        if context.training:
+            loads = self._loads(choices, counted)
+            if is_new:
+                self._note(loads, context, number)
+            choices = self._with_loads(choices, loads, number)
         weights = self._with_losses(choices, value, counted, context)
         count, per_token = self._design.count, self._design.per_token
         way = dispatch(choices.experts, count, self._tp.group, value.dtype)
@@ -89,38 +114,57 @@ class Experts(nn.Module):
         )
         rows = way.to_experts(flat, per_token)
         made = expert_products(rows, way.counts, gate_up, down, self._queue.of(number))
-        return way.to_tokens(made, weights).view_as(value)
+        found = way.to_tokens(made, weights).view_as(value)
+        if self.shared is None:
+            return found
+        return found + self.shared(value, context, number, queues, decisions)
 
     def _choices(self, value: Tensor, number: int, kept: Tensor | None) -> Choices:
         """The choices of this rank's tokens. Those of each part are decided by themselves."""
         parts = len(self._tp.own_parts)
         known = [None] * parts if kept is None else kept.chunk(parts)
+        bias = None if self.router_bias is None else self.router_bias.detach()
         found = []
         for place, (tokens, before) in enumerate(zip(value.chunk(parts), known, strict=True)):
             weight = in_slice(self.router, self._queue.of(number * parts + place))
             logits = logits_of(tokens.flatten(0, 1), weight)
-            found.append(self._router.choose(logits, kept=before))
+            found.append(self._router.choose(logits, bias, before))
         if parts == 1:
             return found[0]
         return Choices(*(torch.cat(values) for values in zip(*map(_fields, found), strict=True)))
 
-    def _note(
-        self, choices: Choices, counted: Tensor, context: MicroBatchContext, number: int
-    ) -> None:
-        """Note how many tokens of each own part each expert has, padding left out."""
-        per_part = len(choices.experts) // len(self._tp.own_parts)
-        for place, part in enumerate(self._tp.own_parts):
-            own = counted[counted // per_part == place]
-            chosen = choices.experts[own].flatten()
+    def _loads(self, choices: Choices, counted: Tensor) -> list[Tensor]:
+        """How many tokens of each own part each expert has, padding left out: int64[experts]."""
+        parts = len(self._tp.own_parts)
+        of_parts = counted // (len(choices.experts) // parts)
+        return [
+            torch.bincount(
+                choices.experts[counted[of_parts == place]].flatten(), minlength=self._design.count
+            )
+            for place in range(parts)
+        ]
+
+    def _note(self, loads: Sequence[Tensor], context: MicroBatchContext, number: int) -> None:
+        for part, load in zip(self._tp.own_parts, loads, strict=True):
             key = LoadKey(self._layer, part, context.micro_batch, number)
-            context.loads[key] = torch.bincount(chosen, minlength=self._design.count)
+            context.loads[key] = load
+
+    def _with_loads(self, choices: Choices, loads: Sequence[Tensor], number: int) -> Choices:
+        """The choices, with each part's loads as the gradient of the router's bias."""
+        if self.router_bias is None:
+            return choices
+        weights = choices.weights
+        for place, load in enumerate(loads):
+            bias = in_slice(self.router_bias, self._queue.of(number * len(loads) + place))
+            weights = add_gradient(weights, bias, load)
+        return replace(choices, weights=weights)
 
     def _with_losses(
         self, choices: Choices, value: Tensor, counted: Tensor, context: MicroBatchContext
     ) -> Tensor:
         """The weights of the choices, with the router's own losses in their gradient."""
-        design, weights = self._design, choices.weights
-        if not context.training or not (design.aux_loss or design.z_loss):
+        design, router, weights = self._design, self._design.router, choices.weights
+        if not context.training or not (router.aux_loss or router.z_loss):
             return weights
         length, sequences = value.shape[:2]
         rows = torch.arange(sequences, device=value.device).repeat(length)[counted]
@@ -133,11 +177,11 @@ class Experts(nn.Module):
             self._tp.group.all_reduce(both).wait()
         tokens, counts = both.split([sequences, sequences * design.count])
         loss = choices.weights.new_zeros(())
-        if design.aux_loss:
+        if router.aux_loss:
             balance = balance_loss(here, counts.view(sequences, design.count), rows, tokens)
-            loss = loss + design.aux_loss * balance
-        if design.z_loss:
-            loss = loss + design.z_loss * here.logsumexp.square().sum()
+            loss = loss + router.aux_loss * balance
+        if router.z_loss:
+            loss = loss + router.z_loss * here.logsumexp.square().sum()
         return add_loss(weights, loss, context.loss_gradient)
 
     def _counted(self, context: MicroBatchContext, number: int, value: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ def decoder_family(
         design: of a section, what its layers add to a plain Llama's.
     """
 
+    def broken(model: D, parts: int, key: str) -> Iterator[str]:
+        return problems(model, design(model), parts, key)
+
     def specs(model: D, **layout: Any) -> tuple[LayerSpec, ...]:
         return layer_specs(model, design(model), **layout)
 
@@ -51,7 +54,7 @@ def decoder_family(
 
     return Family(
         section=section,
-        problems=problems,
+        problems=broken,
         layer_specs=specs,
         modules=modules,
         config_json=described.config_json,

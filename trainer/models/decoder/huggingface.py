@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -15,7 +15,6 @@ from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
     LayeredWindowConfig,
     RopeScaling,
-    WindowedConfig,
 )
 
 _SHARED: Final[Mapping[str, str]] = {
@@ -192,7 +191,14 @@ WINDOW_KEYS: Final = frozenset(
 """The keys of config.json for windows of the upper layers."""
 
 
-def window_to_json(model: WindowedConfig) -> dict[str, Any]:
+class Windowed(Protocol):
+    """A section of a model with a window of all layers."""
+
+    @property
+    def sliding_window(self) -> int: ...
+
+
+def window_to_json(model: Windowed) -> dict[str, Any]:
     """The key of a window of all layers. Pure."""
     return {"sliding_window": model.sliding_window or None}
 

@@ -29,6 +29,7 @@ from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.decoder.attention import Attention, attention_core
 from holdfast.trainer.models.decoder.ends import Embedding, Head
 from holdfast.trainer.models.decoder.experts import Decisions, Experts
+from holdfast.trainer.models.decoder.latent_attention import LatentAttention
 from holdfast.trainer.models.decoder.norms import (
     Choice,
     KeyedDropout,
@@ -54,10 +55,17 @@ class MLP(nn.Module):
         tp: TensorParallel,
         queue: WeightGradientQueue,
         choose: Choice,
+        width: int = 0,
     ) -> None:
+        """Local.
+
+        Args:
+            width: the intermediate features; 0: those of the model.
+        """
         super().__init__()
         self._tp, self._queue, self._gate = tp, queue, choose(gate)
-        sizes = [len(range(*even_range(model.intermediate, tp.parts, k))) for k in tp.own_parts]
+        width = width or model.intermediate
+        sizes = [len(range(*even_range(width, tp.parts, part))) for part in tp.own_parts]
         self.gate_up = nn.ParameterList(torch.empty(2 * size, model.hidden) for size in sizes)
         self.down = nn.ParameterList(torch.empty(model.hidden, size) for size in sizes)
         self.gate_up_bias, self.down_bias = None, None
@@ -211,6 +219,8 @@ def module_builder(
     choose = compiled if context.compiles else _as_it_is
     split = context.context_parallel or ContextParallel(None, "heads")
 
+    latent = design.latent
+
     def build(layer: int, spec: LayerSpec) -> nn.Module:
         if layer == 0:
             return Embedding(model, design, tp, queue, context.seed)
@@ -226,12 +236,18 @@ def module_builder(
             choose,
             recomputes=recompute == "selective",
         )
-        attention = Attention(model, design, tp, queue, core)
-        if design.experts is not None:
-            mlp: nn.Module = Experts(model, design.experts, layer, tp, queue)
+        if latent is None:
+            attention: nn.Module = Attention(model, design, tp, queue, core)
         else:
+            attention = LatentAttention(model, latent, tp, queue, core, choose)
+        if (experts := design.experts_of(number)) is None:
             kind = PlainMLP if design.gelu else MLP
-            mlp = kind(model, design, tp, queue, choose)
+            mlp: nn.Module = kind(model, design, tp, queue, choose)
+        else:
+            shared = None
+            if experts.shared:
+                shared = MLP(model, design, tp, queue, choose, experts.shared)
+            mlp = Experts(model, experts, layer, tp, queue, shared)
         return TransformerLayer(model, design, number, recompute, context, attention, mlp, choose)
 
     return build

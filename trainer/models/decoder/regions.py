@@ -18,7 +18,12 @@ from holdfast.parallel.layout import Slices, even_range
 from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.models.compilation import Region
 from holdfast.trainer.models.decoder.rotary import RotaryTables, rotated, tables_of
-from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
+from holdfast.trainer.models.decoder.section import (
+    LATENT_NORM_EPS,
+    DecoderConfig,
+    Design,
+    is_windowed,
+)
 from holdfast.trainer.models.family import RegionSizes
 from holdfast.trainer.models.section import ModelConfig
 
@@ -189,6 +194,10 @@ def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterato
     else:
         yield Region(norm, (hidden, own, model.norm_eps))
     heads, kv_heads = heads_of(model, sizes.tensor)
+    latent = design.latent
+    for width in () if latent is None else dict.fromkeys((latent.query_rank, latent.rank)):
+        if width:
+            yield Region(norm, (value(sizes.rows, width), weight(width), LATENT_NORM_EPS))
     tables = tables_of(model, design, sizes.seq_len, sizes.dtype, sizes.device)
     if sizes.tokens == sizes.seq_len and not all(
         is_windowed(design.window(layer), sizes.seq_len) for layer in range(model.layers)
@@ -197,12 +206,16 @@ def regions(model: DecoderConfig, design: Design, sizes: RegionSizes) -> Iterato
         projected = value(sizes.seq_len, (heads + 2 * kv_heads) * dim)
         norms = (weight(dim), weight(dim), model.norm_eps) if design.head_norms else ()
         yield Region(attend, (projected, *tables, heads, kv_heads, *norms))
-    if design.experts is not None:
-        return
+    experts = design.experts
+    dense = range(model.layers) if experts is None else experts.dense_layers
+    widths = [model.intermediate] * bool(dense)
+    if experts is not None and experts.shared:
+        widths.append(experts.shared)
     parts = {
         stop - start
+        for width in widths
         for index in range(sizes.tensor)
-        for start, stop in [even_range(model.intermediate, sizes.tensor, index)]
+        for start, stop in [even_range(width, sizes.tensor, index)]
     }
     for part in sorted(parts):
         if design.gelu:

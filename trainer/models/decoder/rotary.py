@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design, RopeScaling
@@ -18,7 +19,8 @@ from holdfast.trainer.models.decoder.section import DecoderConfig, Design, RopeS
 class RotaryTables(NamedTuple):
     """The rotary embedding's cos and sin: float[seq, head_dim / 2].
 
-    They are computed in float32, and have the type of the model. None: nothing is rotated.
+    They are computed in float32, and have the type of the model. Where only some elements of a head
+    turn, these are the first of each half. None: nothing is rotated.
     """
 
     cos: Tensor | None = None
@@ -26,17 +28,29 @@ class RotaryTables(NamedTuple):
 
     @classmethod
     def of(
-        cls, model: DecoderConfig, seq_len: int, dtype: torch.dtype, device: torch.device
+        cls,
+        model: DecoderConfig,
+        seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        turning: int = 0,
     ) -> RotaryTables:
-        """The tables of positions 0 to seq_len - 1."""
+        """The tables of positions 0 to seq_len - 1.
+
+        Args:
+            turning: the elements of a head that turn; 0: all.
+        """
+        turning = turning or model.dim_per_head
         frequencies, factor = scaled_frequencies(
-            model.dim_per_head, model.rope_theta, model.rope_scaling, device
+            turning, model.rope_theta, model.rope_scaling, device
         )
         positions = torch.arange(seq_len, dtype=torch.float32, device=device)
         angles = torch.outer(positions, frequencies)
         cos, sin = angles.cos(), angles.sin()
         if factor != 1.0:
             cos, sin = cos * factor, sin * factor
+        rest = (0, (model.dim_per_head - turning) // 2)
+        cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
         return cls(cos.to(dtype), sin.to(dtype))
 
     def within(self, places: slice) -> RotaryTables:
@@ -59,7 +73,8 @@ def tables_of(
     """The tables of a model, without any where it learns its positions."""
     if design.learned_positions:
         return RotaryTables()
-    return RotaryTables.of(model, seq_len, dtype, device)
+    turning = 0 if design.latent is None else design.latent.turning
+    return RotaryTables.of(model, seq_len, dtype, device, turning)
 
 
 def scaled_frequencies(

@@ -10,7 +10,9 @@ import msgspec
 from holdfast.parallel.errors import shown
 from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
-    ExpertConfig,
+    Design,
+    ExpertDesign,
+    LatentDesign,
     LayeredWindowConfig,
     LearnedPositionsConfig,
     RopeScaling,
@@ -23,7 +25,7 @@ _LENGTHS: Final = ("llama3", "yarn")
 """Those that depend on the length of sequences before."""
 
 
-def problems(model: DecoderConfig, parts: int, key: str) -> Iterator[str]:
+def problems(model: DecoderConfig, design: Design, parts: int, key: str) -> Iterator[str]:
     """One line per broken rule: the key, its value, what to change. Pure.
 
     Args:
@@ -42,8 +44,10 @@ def problems(model: DecoderConfig, parts: int, key: str) -> Iterator[str]:
             f"model.max_window_layers = {model.max_window_layers} exceeds model.layers = "
             f"{model.layers}: no layer would have a window; lower it"
         )
-    if isinstance(model, ExpertConfig):
-        yield from _expert_problems(model, max(parts, 1), f"{key} = {parts}")
+    if design.latent is not None:
+        yield from _latent_problems(model, design.latent)
+    if design.experts is not None:
+        yield from _expert_problems(model, design.experts, max(parts, 1), f"{key} = {parts}")
     if parts >= 1:
         yield from _part_problems(model, parts, f"{key} = {parts}")
 
@@ -120,16 +124,67 @@ def _rotary_problems(scaling: RopeScaling) -> Iterator[str]:
         )
 
 
-def _expert_problems(model: ExpertConfig, parts: int, said: str) -> Iterator[str]:
-    if model.experts_per_token > model.experts:
+def _latent_problems(model: DecoderConfig, latent: LatentDesign) -> Iterator[str]:
+    if model.head_dim != latent.key:
         yield (
-            f"model.experts_per_token = {model.experts_per_token} exceeds model.experts = "
-            f"{model.experts}; lower it"
+            f"model.head_dim = {model.head_dim} is not the sum of model.plain_head_dim = "
+            f"{latent.plain} and model.rope_head_dim = {latent.turning}; leave it out"
         )
-    if model.experts % parts:
+    if latent.plain % 2 or latent.turning % 2:
         yield (
-            f"model.experts = {model.experts} is not divisible by {said}; every rank of a tensor "
+            f"model.plain_head_dim = {latent.plain} and model.rope_head_dim = {latent.turning}: "
+            "rotary embedding needs even numbers; change the odd one"
+        )
+    if latent.value > latent.key:
+        yield (
+            f"model.value_head_dim = {latent.value} exceeds the {latent.key} elements of a key; "
+            "lower it"
+        )
+    if model.kv_heads != model.heads:
+        yield (
+            f"model.kv_heads = {model.kv_heads} differs from model.heads = {model.heads}: with "
+            "latent attention every head has keys and values; leave it out"
+        )
+
+
+def _expert_problems(
+    model: DecoderConfig, experts: ExpertDesign, parts: int, said: str
+) -> Iterator[str]:
+    count, per_token, router = experts.count, experts.per_token, experts.router
+    if per_token > count:
+        yield (f"model.experts_per_token = {per_token} exceeds model.experts = {count}; lower it")
+    if count % parts:
+        yield (
+            f"model.experts = {count} is not divisible by {said}; every rank of a tensor "
             "group has as many experts"
+        )
+    if count % router.groups:
+        yield (
+            f"model.experts = {count} is not divisible by model.expert_groups = "
+            f"{router.groups}; groups have equal numbers of experts"
+        )
+    elif router.group_limit > router.groups:
+        yield (
+            f"model.groups_per_token = {router.group_limit} exceeds model.expert_groups = "
+            f"{router.groups}; lower it"
+        )
+    elif 0 < router.group_limit * (count // router.groups) < per_token:
+        yield (
+            f"model.experts_per_token = {per_token} exceeds the experts of model.groups_per_token "
+            f"= {router.group_limit} groups, which have {count // router.groups} each; lower it"
+        )
+    if experts.shared and experts.shared < parts:
+        yield f"{said} exceeds the {experts.shared} features of the shared expert; lower it"
+    dense = experts.dense_layers
+    if list(dense) != sorted({layer for layer in dense if 0 <= layer < model.layers}):
+        yield (
+            f"model.dense_layers = {shown(list(dense))}: give different layers from 0 to "
+            f"{model.layers - 1}, in ascending order"
+        )
+    elif experts.only_first_dense and dense != tuple(range(len(dense))):
+        yield (
+            f"model.dense_layers = {shown(list(dense))}: in model.family = {model.family!r} these "
+            f"are the first layers; give {shown(list(range(len(dense))))}"
         )
 
 

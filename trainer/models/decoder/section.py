@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -68,7 +68,7 @@ class LayeredWindowConfig(WindowedConfig, frozen=True, kw_only=True):
         return (0,) * below + (self.sliding_window,) * (self.layers - below)
 
 
-class ExpertConfig(WindowedConfig, frozen=True, kw_only=True):
+class ExpertConfig(DecoderConfig, frozen=True, kw_only=True):
     """The keys of models whose MLPs are experts."""
 
     experts: int = 8
@@ -80,23 +80,82 @@ class ExpertConfig(WindowedConfig, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class RouterDesign:
+    """The router of a layer's experts: how it chooses, and what keeps the choices even."""
+
+    aux_loss: float
+    """The factor of the auxiliary loss."""
+    z_loss: float
+    normalizes: bool = True
+    """Whether the weights of a token's experts have the sum 1."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of its products."""
+    scale: float = 1.0
+    """The factor of the weights of a token's experts."""
+    groups: int = 1
+    """Experts lie in so many groups of equal size."""
+    group_limit: int = 0
+    """The groups that a token's experts may lie in; 0: all."""
+    bias_speed: float | None = None
+    """What an expert's bias, which counts for the choice only, changes by in a step; None: experts
+    have none."""
+    weight: str = "mlp.gate.weight"
+    """The name of its weight in a layer."""
+    bias: str = "mlp.gate.e_score_correction_bias"
+    """The name of the biases in a layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertDesign:
-    """The experts of a layer."""
+    """The experts of layers."""
 
     count: int
     per_token: int
     """The experts that a token goes to."""
     intermediate: int
     """The width of each."""
-    normalizes: bool
-    """Whether the weights of a token's experts have the sum 1."""
-    aux_loss: float
-    """The factor of the auxiliary loss."""
-    z_loss: float
-    router: str
-    """The name of the router's weight in a layer."""
-    matrices: tuple[str, str, str]
+    router: RouterDesign
+    shared: int = 0
+    """The width of the MLP that all tokens go to beside their experts; 0: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """The layers that have a plain MLP in the place of experts."""
+    only_first_dense: bool = False
+    """Whether config.json can say so of the first layers only."""
+    matrices: tuple[str, str, str] = (
+        "mlp.experts.{}.gate_proj.weight",
+        "mlp.experts.{}.up_proj.weight",
+        "mlp.experts.{}.down_proj.weight",
+    )
     """The names of an expert's gate, up and down projections, with `{}` for its number."""
+
+
+LATENT_NORM_EPS: Final = 1e-6
+"""Added to the mean square in norms of latent vectors, whatever `norm_eps` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentDesign:
+    """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2): its widths.
+
+    Keys and values of all heads are made of one latent vector of a token, and queries of another.
+    A part of each head's query and key turns with the position; the key's is that of all heads.
+    """
+
+    query_rank: int
+    """The width of the queries' latent vector; 0: they are made of the hidden state."""
+    rank: int
+    """The width of the latent vector of keys and values."""
+    plain: int
+    """The elements of a head's query and key that do not turn."""
+    turning: int
+    """Those that do."""
+    value: int
+    """The elements of a head's value, at most those of its key."""
+
+    @property
+    def key(self) -> int:
+        """The elements of a head's query and key."""
+        return self.plain + self.turning
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +170,10 @@ class Design:
     """Biases of the MLP's projections."""
     head_norms: bool = False
     """Norms of each head's queries and keys, before they are rotated."""
+    latent: LatentDesign | None = None
+    """Latent attention; None: queries, keys and values are made of the hidden state."""
     experts: ExpertDesign | None = None
-    """The experts in the place of each MLP; None: there are none."""
+    """The experts in the place of MLPs; None: there are none."""
     layer_norm: bool = False
     """LayerNorm (Ba et al. 2016), which has a bias, in the place of RMSNorm."""
     learned_positions: bool = False
@@ -138,6 +199,11 @@ class Design:
     def window(self, layer: int) -> int:
         """The keys that a query of a layer sees; 0: all before it."""
         return self.windows[layer] if self.windows else 0
+
+    def experts_of(self, layer: int) -> ExpertDesign | None:
+        """The experts of a layer; None: it has a plain MLP."""
+        experts = self.experts
+        return None if experts is not None and layer in experts.dense_layers else experts
 
 
 def is_windowed(window: int, seq_len: int) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
 from holdfast.trainer.models.decoder.costs import Costs
-from holdfast.trainer.models.decoder.section import DecoderConfig, Design, ExpertDesign
+from holdfast.trainer.models.decoder.section import (
+    DecoderConfig,
+    Design,
+    ExpertDesign,
+    LatentDesign,
+)
 
 
 def layer_specs(
@@ -45,7 +50,7 @@ def layer_specs(
             name=f"block.{i}",
             parameters=tuple(design.as_stored(table.transformer(i)) for table in tables),
             forward_flops=costs.layer_flops(i),
-            activation_bytes=costs.layer_activation_bytes[how],
+            activation_bytes=costs.layer_activation_bytes(i, how),
             output_bytes=costs.hidden_bytes,
             recompute=how,
             recompute_flops=costs.recompute_flops(i, how),
@@ -110,12 +115,17 @@ class _Table:
         return *norm, self._vocabulary("lm_head.weight", "projection", 0)
 
     def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
-        prefix, experts = f"model.layers.{layer}", self.design.experts
+        prefix, latent = f"model.layers.{layer}", self.design.latent
+        attention, experts = f"{prefix}.self_attn", self.design.experts_of(layer)
         return (
             *self._norm(f"{prefix}.input_layernorm", "attention_norm"),
-            *self._attention(f"{prefix}.self_attn"),
+            *(self._attention(attention) if latent is None else self._latent(attention, latent)),
             *self._norm(f"{prefix}.post_attention_layernorm", "mlp_norm"),
-            *(self._mlp(f"{prefix}.mlp") if experts is None else self._experts(prefix, experts)),
+            *(
+                self._mlp(f"{prefix}.mlp", "mlp", self.model.intermediate)
+                if experts is None
+                else self._experts(prefix, experts)
+            ),
         )
 
     def _attention(self, prefix: str) -> tuple[ParameterSpec, ...]:
@@ -132,41 +142,93 @@ class _Table:
             rows.append(self._head_norm(f"{prefix}.k_norm.weight", "attention.key_norm"))
         return tuple(rows)
 
-    def _mlp(self, prefix: str) -> tuple[ParameterSpec, ...]:
-        wide = (self.model.intermediate, self.model.hidden)
+    def _latent(self, prefix: str, latent: LatentDesign) -> tuple[ParameterSpec, ...]:
+        """Every part has the products down to the latent vectors, and those up to its heads."""
+        model, wide = self.model, latent.rank + latent.turning
+        queries = (model.heads * latent.key, latent.query_rank or model.hidden)
+        values = (model.heads * latent.value, model.hidden)
+        down: list[ParameterSpec] = []
+        if latent.query_rank:
+            down = [
+                self._down(f"{prefix}.q_a_proj.weight", latent.query_rank, 0),
+                self._latent_norm(f"{prefix}.q_a_layernorm.weight", latent.query_rank, "query"),
+            ]
+        name = "q_b_proj" if latent.query_rank else "q_proj"
+        return (
+            *down[:1],
+            self._down(f"{prefix}.kv_a_proj_with_mqa.weight", wide, latent.query_rank),
+            *down[1:],
+            self._latent_norm(f"{prefix}.kv_a_layernorm.weight", latent.rank, "key_value"),
+            self._rows(f"{prefix}.{name}.weight", queries, "attention.query", 0),
+            self._rows(
+                f"{prefix}.kv_b_proj.weight",
+                (model.heads * (latent.plain + latent.value), latent.rank),
+                "attention.key_value",
+                0,
+            ),
+            self._columns(f"{prefix}.o_proj.weight", values[::-1], "attention.output"),
+        )
+
+    def _down(self, name: str, rows: int, local_row: int) -> ParameterSpec:
+        shape = (rows, self.model.hidden)
+        whole = self._whole(
+            name, shape, "attention.down", self._normal(shape), parts_differ=self.norms_differ
+        )
+        return replace(whole, local_row=local_row)
+
+    def _latent_norm(self, name: str, elements: int, which: str) -> ParameterSpec:
+        local = f"attention.{which}_norm.weight"
+        return self._vector(name, elements, local, 1.0, parts_differ=self.norms_differ)
+
+    def _mlp(self, prefix: str, local: str, width: int) -> tuple[ParameterSpec, ...]:
+        """The projections of an MLP of some width, which is the layer's module `local`."""
+        wide = (width, self.model.hidden)
         names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
         if self.design.gelu:
             return (
-                self._rows(f"{names[1]}.weight", wide, "mlp.up", 0),
-                self._columns(f"{prefix}.down_proj.weight", wide[::-1], "mlp.down"),
-                self._rows(f"{names[1]}.bias", wide[:1], "mlp.up_bias", 0),
-                self._hidden_bias(f"{prefix}.down_proj.bias", "mlp.down_bias"),
+                self._rows(f"{names[1]}.weight", wide, f"{local}.up", 0),
+                self._columns(f"{prefix}.down_proj.weight", wide[::-1], f"{local}.down"),
+                self._rows(f"{names[1]}.bias", wide[:1], f"{local}.up_bias", 0),
+                self._hidden_bias(f"{prefix}.down_proj.bias", f"{local}.down_bias"),
             )
-        gate = self._rows(f"{names[0]}.weight", wide, "mlp.gate_up", 0)
-        up = self._rows(f"{names[1]}.weight", wide, "mlp.gate_up", gate.rows)
-        down = self._columns(f"{prefix}.down_proj.weight", wide[::-1], "mlp.down")
+        gate = self._rows(f"{names[0]}.weight", wide, f"{local}.gate_up", 0)
+        up = self._rows(f"{names[1]}.weight", wide, f"{local}.gate_up", gate.rows)
+        down = self._columns(f"{prefix}.down_proj.weight", wide[::-1], f"{local}.down")
         if not self.design.mlp_bias:
             return gate, up, down
         return (
             gate,
             up,
             down,
-            self._rows(f"{names[0]}.bias", wide[:1], "mlp.gate_up_bias", 0),
-            self._rows(f"{names[1]}.bias", wide[:1], "mlp.gate_up_bias", gate.rows),
-            self._hidden_bias(f"{prefix}.down_proj.bias", "mlp.down_bias"),
+            self._rows(f"{names[0]}.bias", wide[:1], f"{local}.gate_up_bias", 0),
+            self._rows(f"{names[1]}.bias", wide[:1], f"{local}.gate_up_bias", gate.rows),
+            self._hidden_bias(f"{prefix}.down_proj.bias", f"{local}.down_bias"),
         )
 
     def _experts(self, prefix: str, experts: ExpertDesign) -> tuple[ParameterSpec, ...]:
         """The router, which every part has, and the experts of this part."""
-        hidden, wide = self.model.hidden, experts.intermediate
-        router = self._whole(
-            f"{prefix}.{experts.router}",
-            (experts.count, hidden),
-            "mlp.router",
-            self._normal((experts.count, hidden)),
-            parts_differ=self.norms_differ,
-        )
-        rows, first = [router], self._split(experts.count)[0]
+        hidden, wide, router = self.model.hidden, experts.intermediate, experts.router
+        rows = [
+            self._whole(
+                f"{prefix}.{router.weight}",
+                (experts.count, hidden),
+                "mlp.router",
+                self._normal((experts.count, hidden)),
+                parts_differ=self.norms_differ,
+            )
+        ]
+        if router.bias_speed is not None:
+            bias = self._vector(
+                f"{prefix}.{router.bias}",
+                experts.count,
+                "mlp.router_bias",
+                0.0,
+                parts_differ=self.norms_differ,
+            )
+            rows.append(replace(bias, whole=True, balance=router.bias_speed))
+        if experts.shared:
+            rows += self._mlp(f"{prefix}.mlp.shared_experts", "mlp.shared", experts.shared)
+        first = self._split(experts.count)[0]
         for number in range(experts.count // self.parts):
             names = [f"{prefix}.{name.format(first + number)}" for name in experts.matrices]
             local, box = f"mlp.experts.{number}", Box((0, 0), (wide, hidden))

@@ -7,6 +7,7 @@ from holdfast.trainer.models.decoder import (
     Design,
     ExpertConfig,
     ExpertDesign,
+    RouterDesign,
     decoder_family,
     window_from_json,
     window_to_json,
@@ -16,16 +17,20 @@ from holdfast.trainer.models.decoder import (
 class MixtralConfig(ExpertConfig, frozen=True, kw_only=True):
     """The `[model]` section of Mixtral; `intermediate` is the width of each expert."""
 
+    sliding_window: int = 0
+    """The keys that a query sees, itself included; 0: all before it."""
+
 
 def _design(model: MixtralConfig) -> Design:
     experts = ExpertDesign(
         count=model.experts,
         per_token=model.experts_per_token,
         intermediate=model.intermediate,
-        normalizes=True,
-        aux_loss=model.router_aux_loss_coef,
-        z_loss=model.router_z_loss_coef,
-        router="block_sparse_moe.gate.weight",
+        router=RouterDesign(
+            aux_loss=model.router_aux_loss_coef,
+            z_loss=model.router_z_loss_coef,
+            weight="block_sparse_moe.gate.weight",
+        ),
         matrices=(
             "block_sparse_moe.experts.{}.w1.weight",
             "block_sparse_moe.experts.{}.w3.weight",

@@ -40,6 +40,7 @@ WIDE = {
     "trainer.config.sections.ParallelConfig": "A field for each key",
     "trainer.config.sections.TrainConfig": "A field for each key",
     "trainer.reports.metrics.StepMetrics": "with a field for each key",
+    "trainer.models.deepseek_v3.family.DeepseekV3Config": "A field for each key",
     "trainer.models.section.ModelConfig": "A field for each key",
     "trainer.step.training.Training": "so it has an attribute for each",
 }

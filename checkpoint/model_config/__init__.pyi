@@ -9,4 +9,5 @@ from .keys import (
 from .shapes import (
     contradictions as contradictions,
     differing as differing,
+    further_layers as further_layers,
 )

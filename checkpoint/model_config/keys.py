@@ -28,6 +28,9 @@ class ModelKeys:
     """The base of rotary embedding where nothing says it; 0: the model has none."""
     prefix: str = "model."
     """The prefix of all weights but the head's, which a bare base model is saved without."""
+    further_layers: str = ""
+    """The key with the number of layers behind `num_hidden_layers` that published folders have for
+    the prediction of further tokens, and the model has not; empty: there are none."""
     buffers: tuple[str, ...] = (
         "{name}.rotary_emb.inv_freq",
         "rotary_emb.inv_freq",
@@ -209,6 +212,7 @@ MODEL_TYPES: Final[Mapping[str, ModelKeys]] = {
             "num_local_experts": "n_routed_experts",
             "num_mtp_layers": "num_nextn_predict_layers",
         },
+        further_layers="num_nextn_predict_layers",
     ),
     "gpt2": ModelKeys(
         honoured={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from holdfast.checkpoint.model_config.checks import explicit
@@ -37,6 +37,24 @@ _LLAMA: Final[Mapping[str, tuple[str, ...]]] = {
     "block_sparse_moe.experts.w3.weight": ("intermediate_size", "hidden_size"),
     "block_sparse_moe.experts.w2.weight": ("hidden_size", "intermediate_size"),
 }
+_DEEPSEEK_QUERY: Final = "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)"
+_DEEPSEEK: Final[Mapping[str, tuple[str, ...]]] = {
+    **{name: keys for name, keys in _LLAMA.items() if "self_attn" not in name},
+    "self_attn.q_proj.weight": (_DEEPSEEK_QUERY, "hidden_size"),
+    "self_attn.q_a_proj.weight": ("q_lora_rank", "hidden_size"),
+    "self_attn.q_b_proj.weight": (_DEEPSEEK_QUERY, "q_lora_rank"),
+    "self_attn.kv_a_proj_with_mqa.weight": ("kv_lora_rank + qk_rope_head_dim", "hidden_size"),
+    "self_attn.kv_b_proj.weight": (
+        "num_attention_heads * (qk_nope_head_dim + v_head_dim)",
+        "kv_lora_rank",
+    ),
+    "self_attn.o_proj.weight": ("hidden_size", "num_attention_heads * v_head_dim"),
+    "mlp.gate.weight": ("n_routed_experts", "hidden_size"),
+    "mlp.shared_experts.gate_proj.weight": (
+        "n_shared_experts * moe_intermediate_size",
+        "hidden_size",
+    ),
+}
 _GPT2: Final[Mapping[str, tuple[str, ...]]] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),
     "transformer.wpe.weight": ("n_positions", "n_embd"),
@@ -50,7 +68,11 @@ _GPT2: Final[Mapping[str, tuple[str, ...]]] = {
 """By the name of a weight, without the numbers of its layer and expert, the key of each extent."""
 _COMMON: Final = ("model.embed_tokens.weight", "input_layernorm.weight")
 """The names of weights that have the same shapes in models of every other type, too."""
-_TYPES: Final = {**dict.fromkeys((*MODEL_TYPES, "mistral"), _LLAMA), "gpt2": _GPT2}
+_TYPES: Final = {
+    **dict.fromkeys(MODEL_TYPES, _LLAMA),
+    "gpt2": _GPT2,
+    "deepseek_v3": _DEEPSEEK,
+}
 _HEADED: Final = ("ForCausalLM", "LMHeadModel")
 """The ends of names of classes that have a head."""
 
@@ -71,6 +93,8 @@ def contradictions(
     sizes = _sizes(told)
     numbers = {int(found[1]) for name in shapes if (found := _LAYER.fullmatch(name))}
     layers = next((sizes[key] for key in _LAYERS if sizes.get(key) is not None), None)
+    if kind in MODEL_TYPES and layers is not None:
+        numbers -= set(further_layers(config, numbers))
     count = max(numbers, default=-1) + 1
     # Models of other types may keep layers for other tasks behind these.
     if numbers and layers is not None and (count < layers or (kind in _TYPES and count > layers)):
@@ -84,6 +108,18 @@ def contradictions(
     if layers in (count, None) or not numbers:
         # The numbers are those of files: no more layers are looked for than there are, and one.
         yield from _missing(config, shapes, min(count, len(numbers) + 1) or min(1, layers or 0))
+
+
+def further_layers(config: Mapping[str, Any], numbers: Iterable[int]) -> list[int]:
+    """The layers among these that predict further tokens, which the model has not. Pure."""
+    keys = MODEL_TYPES.get(str(config.get("model_type")))
+    if keys is None or not keys.further_layers:
+        return []
+    told = explicit(config)
+    first, count = told.get("num_hidden_layers"), told.get(keys.further_layers, 1)
+    if not isinstance(first, int) or not isinstance(count, int):
+        return []
+    return [number for number in sorted(numbers) if first <= number < first + count]
 
 
 def _missing(
@@ -129,6 +165,8 @@ def _sizes(told: Mapping[str, Any]) -> dict[str, Any]:
         sizes["n_inner"] = sizes.get("n_inner") or (hidden and 4 * hidden)
         sizes["3 * n_embd"] = hidden and 3 * hidden
         return sizes
+    if "kv_lora_rank" in sizes:
+        return _with_latent_sizes(sizes)
     hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
     dim = sizes.get("head_dim") or (hidden // heads if hidden and heads else None)
     # A known type has the key; of another, transformers' value of a missing one is not known.
@@ -138,6 +176,21 @@ def _sizes(told: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": dim,
         _QUERY: heads and dim and heads * dim,
         _KEY: groups and dim and groups * dim,
+    }
+
+
+def _with_latent_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of latent attention, and of experts that all tokens go to."""
+    names = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    heads, plain, turning, value = (sizes.get(name) or 0 for name in names)
+    shared, wide = sizes.get("n_shared_experts"), sizes.get("moe_intermediate_size")
+    return {
+        **sizes,
+        _DEEPSEEK_QUERY: heads * (plain + turning),
+        "kv_lora_rank + qk_rope_head_dim": (sizes["kv_lora_rank"] or 0) + turning,
+        "num_attention_heads * (qk_nope_head_dim + v_head_dim)": heads * (plain + value),
+        "num_attention_heads * v_head_dim": heads * value,
+        "n_shared_experts * moe_intermediate_size": shared and wide and shared * wide,
     }
 
 

@@ -16,6 +16,13 @@ _LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
     "qwen3": (*_DENSE, *_QK_NORMS),
     "mixtral": (*_NORMS, *_ATTENTION),
     "qwen3_moe": (*_NORMS, *_ATTENTION, *_QK_NORMS),
+    "deepseek_v3": (
+        *_NORMS,
+        "self_attn.kv_a_proj_with_mqa.weight",
+        "self_attn.kv_a_layernorm.weight",
+        "self_attn.kv_b_proj.weight",
+        "self_attn.o_proj.weight",
+    ),
     "gpt2": tuple(
         f"{name}.{part}"
         for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
@@ -26,7 +33,7 @@ _LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def weights_of(config: Mapping[str, Any], layers: int) -> Iterator[str]:
-    """The names of a model's weights but those of its head, experts and routers.
+    """The names of a model's weights but those of its head, experts, routers and latent queries.
 
     Args:
         layers: the number of layers whose weights are among them.

@@ -17,13 +17,14 @@ from holdfast.checkpoint.convert.elements import SourceTensor, row_major
 from holdfast.checkpoint.convert.rules import Rule, RuleBook, Skip
 from holdfast.checkpoint.convert.sources import BIN_FILES, BIN_INDEX
 from holdfast.checkpoint.format import ELEMENT_BYTES, INDEX
-from holdfast.checkpoint.model_config import MODEL_TYPES
+from holdfast.checkpoint.model_config import MODEL_TYPES, further_layers
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.reading import open_regular
 
 SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
 _ADAPTER = "adapter_model"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?:safetensors|bin)")
 _READ_BYTES = 8 << 20
 
@@ -94,6 +95,11 @@ def published_rules(
     if keys is None:
         return book
     skips = [Skip(name, "a buffer that the model computes by itself") for name in keys.buffers]
+    numbers = {int(found[1]) for t in tensors if (found := _LAYER.match(t.key)) is not None}
+    skips += [
+        Skip(f"model.layers.{number}.{{name}}", "of a layer that predicts further tokens")
+        for number in further_layers(config, numbers)
+    ]
     rules: list[Rule] = []
     names = {tensor.key: tensor for tensor in tensors}
     bare = any(name in names for name in _EMBEDDINGS)

@@ -22,6 +22,7 @@ from holdfast.parallel.expert_parallel import (
     logits_of,
 )
 from holdfast.parallel.expert_parallel.products import places_of, row_multiple
+from holdfast.parallel.optimizer.rules.rule import BlockUpdate, balance_blocks
 from holdfast.parallel.pipeline import WeightGradientQueue
 
 HIDDEN, WIDE = 12, 10
@@ -255,3 +256,25 @@ def test_an_added_loss_is_in_the_gradient_and_not_in_the_value() -> None:
     plain = (torch.softmax(logits, -1) * 3.0).sum() + 0.25 * logits.logsumexp(-1).square().sum()
     plain.backward()
     torch.testing.assert_close(mine, logits.grad)
+
+
+def test_biases_even_the_loads_of_a_skewed_router() -> None:
+    """As long as the scores stay, the largest load falls to the mean and stays there."""
+    logits = torch.randn(512, 8, generator=torch.Generator().manual_seed(4))
+    logits += torch.linspace(-1.5, 1.5, 8)
+    router = Router(2, "sigmoid")
+    bias, largest = torch.zeros(8), []
+    for _ in range(200):
+        loads = torch.bincount(router.choose(logits, bias).experts.flatten(), minlength=8)
+        largest.append(int(loads.max()))
+        update = BlockUpdate(bias, loads.float() * 0.125, (), decays=False, balance=0.005)
+        balance_blocks([update], torch.ones(()), 1.0, None)
+    assert largest[0] > 2 * 128
+    assert max(largest[-20:]) < 1.1 * 128
+
+
+def test_biases_of_even_loads_stay() -> None:
+    bias = torch.zeros(4)
+    update = BlockUpdate(bias, torch.full((4,), 7.0) * 0.3, (), decays=False, balance=0.5)
+    balance_blocks([update], torch.ones(()), 1.0, None)
+    assert bias.tolist() == [0.0] * 4

@@ -23,3 +23,28 @@ def train_counting(rank: int, world_size: int, store: Store, *, config: dict) ->
         training.apply(rate_of(run_config, step))
         found.append(outcome.loads)
     return found
+
+
+def train_balancing(rank: int, world_size: int, store: Store, *, config: dict) -> Any:
+    """Train all steps on this rank.
+
+    Returns the loads of each step, and after all of them the biases of the routers by name.
+    """
+    from holdfast.trainer.config import convert_config
+    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.worlds.world import local_world
+
+    run_config = convert_config(config)
+    training = open_training(run_config, local_world(rank, world_size), store)
+    loads = []
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        loads.append(training.vote(*training.reduce()).loads)
+        training.apply(1e-3)
+    biases = {
+        spec.name: parameter.detach().tolist()
+        for chunk in training.chunks
+        for (*_, spec), parameter in chunk.rows()
+        if spec.balance is not None
+    }
+    return loads, biases

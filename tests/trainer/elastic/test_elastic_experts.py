@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from holdfast.trainer.reports.metrics import load_of
+from support.oracles.transformers_models import DEEPSEEK
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
@@ -16,13 +17,13 @@ pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow, pytest.mark.t
 
 SECTIONS: dict[str, Any] = {
     "model": {
-        "family": "qwen3_moe",
+        **DEEPSEEK,
         "layers": 2,
-        "kv_heads": 2,
-        "experts": 8,
-        "experts_per_token": 2,
+        "dense_layers": [],
+        "experts": 16,
         "expert_intermediate": 24,
         "router_aux_loss_coef": 0.1,
+        "router_bias_speed": 0.05,
     },
     "train": {"steps": 7, "global_batch": 4, "seq_len": 32},
     "numerics": {"tensor_shards": 4},

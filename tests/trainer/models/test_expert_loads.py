@@ -12,7 +12,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.models import build_whole_model
 from holdfast.trainer.reports.metrics import load_of
-from support.oracles.transformers_models import by_name, their_model, value_of
+from support.oracles.transformers_models import DEEPSEEK, by_name, their_model, value_of
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, world_size_of
 
@@ -54,6 +54,27 @@ def counted(cluster: Cluster, config: RunConfig) -> list[Any]:
     )
     assert all(found == ranks[0] for found in ranks)
     return ranks[0]
+
+
+@pytest.mark.mp
+def test_biases_follow_the_loads_of_each_step(cluster: Cluster) -> None:
+    """By a plain loop over the counted loads, though gradients are clipped."""
+    model = {"heads": 4, "layers": 2, **DEEPSEEK, "router_bias_speed": 0.02}
+    config = make_config(
+        model=model,
+        train={"steps": 5, "seq_len": 32, "global_batch": 4, "clip_grad_norm": 0.1},
+    )
+    job = "support.runs.expert_runs:train_balancing"
+    [(loads, biases)] = cluster.run(job, 1, config=msgspec.to_builtins(config))
+    expected = torch.zeros(8)
+    for step in loads:
+        of_experts = step[2]
+        signs = [(8 * load < sum(of_experts)) - (8 * load > sum(of_experts)) for load in of_experts]
+        expected += 0.02 * torch.tensor(signs)
+    assert expected.abs().max() > 0.01
+    assert biases == {
+        "model.layers.1.mlp.gate.e_score_correction_bias": pytest.approx(expected.tolist())
+    }
 
 
 @pytest.mark.mp

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import load_config
@@ -47,7 +48,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 6,
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
-        "num_mtp_layers": 0,
     },
 }
 
@@ -89,6 +89,14 @@ def test_a_folder_is_trained_and_is_a_folder_again(kind: str, tmp_path: Path) ->
     import transformers
 
     theirs = made(tmp_path / "model", kind, **MODELS[kind])
+    if kind == "deepseek_v3":  # published ones have a layer more, which predicts further tokens
+        weights = load_file(file := tmp_path / "model/model.safetensors")
+        more = {
+            name.replace("layers.1.", "layers.2."): value.clone()
+            for name, value in weights.items()
+            if "layers.1." in name
+        }
+        save_file(weights | more | {"model.layers.2.enorm.weight": torch.ones(32)}, file)
     (tmp_path / "corpus.txt").write_text("To be, or not to be: that is the question. " * 40)
     texts = []
     for lr in ("1e-12", "3e-2"):

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
+
+
+class _Attention(NamedTuple):
+    """The costs of attention's projections."""
+
+    weights: int
+    projected: int
+    """The features that they give each token for its queries, keys and values."""
+    kept: int
+    """The bytes kept beside those features."""
 
 
 class Costs:
@@ -34,26 +46,21 @@ class Costs:
         attended = model.heads * model.dim_per_head
         self.keys_bytes = 2 * tokens * attended * (size + max(4, size)) // tensor
         self.embedding_activation_bytes = (18 if design.learned_positions else 9) * tokens
-        wide = max(4, size)
-        self.logits_bytes = tokens * model.vocab * wide // tensor
-        self.chunk_entry_bytes = tokens * wide
-        self._attention_weights, self._projected, self._latent_bytes = self._of_attention(split)
+        self._attention = self._of_attention(split)
 
-    def _of_attention(self, split: int) -> tuple[int, int, int]:
-        """The weights of attention's projections, the features that they give each token for its
-        queries, keys and values, and the bytes kept beside those features."""
+    def _of_attention(self, split: int) -> _Attention:
         model, latent = self._model, self._design.latent
         attended = model.heads * model.dim_per_head
         if latent is None:
             projected = attended + 2 * model.kv_heads * model.dim_per_head
-            return model.hidden * (projected + attended), projected, 0
+            return _Attention(model.hidden * (projected + attended), projected, 0)
         queries = latent.query_rank or model.hidden
         down = latent.query_rank + latent.rank + latent.turning
         up = queries * attended + latent.rank * model.heads * (latent.plain + latent.value)
         output = model.heads * latent.value * model.hidden
         # Latent vectors before and after their norms, and values of as many elements as keys.
         kept = self._tokens * self._size * 2 * down // split
-        return model.hidden * down + up + output, 3 * attended, kept
+        return _Attention(model.hidden * down + up + output, 3 * attended, kept)
 
     def core_flops(self, layer: int) -> float:
         """Of a layer's attention: of queries with the keys that they see."""
@@ -70,7 +77,8 @@ class Costs:
         if experts is not None:
             wide = experts.per_token * experts.intermediate + experts.shared
             router = experts.count
-        weights = self._attention_weights + hidden * (3 * wide + router)
+        matrices = 2 if self._design.gelu else 3
+        weights = self._attention.weights + hidden * (matrices * wide + router)
         return 2.0 * self._tokens * weights + self.core_flops(layer)
 
     def recompute_flops(self, layer: int, recompute: str) -> float:
@@ -90,17 +98,22 @@ class Costs:
         experts, wide = self._design.experts_of(layer), model.intermediate
         if experts is not None:
             wide = experts.per_token * experts.intermediate + experts.shared
-        kept = 4 * self.hidden_bytes + of_tokens * 4 * wide // tensor + self._latent_bytes
+        # LayerNorm keeps what its weight is multiplied with.
+        hidden = 6 if self._design.layer_norm else 4
+        features = 2 if self._design.gelu else 4
+        kept = hidden * self.hidden_bytes + of_tokens * features * wide // tensor
+        kept += self._attention.kept
         if experts is not None:  # rows at the experts and back, and the router's scores
             rows = 2 * experts.per_token * model.hidden * self._size
             kept += self._tokens * (rows + 8 * experts.count) // tensor
         attended = model.heads * model.dim_per_head
         kept += of_tokens * attended // tensor
         if recompute == "selective":
-            return kept + of_tokens * self._projected // tensor
-        return kept + of_tokens * (self._projected + 2 * attended) // tensor
+            return kept + of_tokens * self._attention.projected // tensor
+        return kept + of_tokens * (self._attention.projected + 2 * attended) // tensor
 
     def head_activation_bytes(self, vocab_chunk: int) -> int:
         """What the head keeps, with the one chunk of logits that is in memory while it computes."""
-        chunk = vocab_chunk * self.chunk_entry_bytes
-        return 2 * self.hidden_bytes + (chunk or self.logits_bytes)
+        entry = self._tokens * max(4, self._size)
+        logits = vocab_chunk * entry or entry * self._model.vocab // self._tensor
+        return 2 * self.hidden_bytes + logits

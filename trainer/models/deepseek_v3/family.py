@@ -19,7 +19,10 @@ from holdfast.trainer.models.decoder import (
 
 
 class DeepseekV3Config(ExpertConfig, frozen=True, kw_only=True):
-    """The `[model]` section of DeepSeek-V3; `head_dim` is that of a query and key in all."""
+    """The `[model]` section of DeepSeek-V3. A field for each key.
+
+    `head_dim` is that of a query and key in all.
+    """
 
     experts_per_token: int = 8
     router_aux_loss_coef: float = 0.0001

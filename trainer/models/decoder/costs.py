@@ -98,11 +98,8 @@ class Costs:
         experts, wide = self._design.experts_of(layer), model.intermediate
         if experts is not None:
             wide = experts.per_token * experts.intermediate + experts.shared
-        # LayerNorm keeps what its weight is multiplied with.
-        hidden = 6 if self._design.layer_norm else 4
         features = 2 if self._design.gelu else 4
-        kept = hidden * self.hidden_bytes + of_tokens * features * wide // tensor
-        kept += self._attention.kept
+        kept = self._norms_bytes() + of_tokens * features * wide // tensor + self._attention.kept
         if experts is not None:  # rows at the experts and back, and the router's scores
             rows = 2 * experts.per_token * model.hidden * self._size
             kept += self._tokens * (rows + 8 * experts.count) // tensor
@@ -110,7 +107,16 @@ class Costs:
         kept += of_tokens * attended // tensor
         if recompute == "selective":
             return kept + of_tokens * self._attention.projected // tensor
-        return kept + of_tokens * (self._attention.projected + 2 * attended) // tensor
+        rotated = 0 if self._design.learned_positions else 2 * attended
+        return kept + of_tokens * (self._attention.projected + rotated) // tensor
+
+    def _norms_bytes(self) -> int:
+        """What a layer keeps of hidden states, for its norms and products."""
+        if not self._design.layer_norm:
+            return 4 * self.hidden_bytes
+        # Its input and what its weight is multiplied with are wide.
+        size = self._size
+        return 2 * self.hidden_bytes * (size + 2 * max(4, size)) // size
 
     def head_activation_bytes(self, vocab_chunk: int) -> int:
         """What the head keeps, with the one chunk of logits that is in memory while it computes."""

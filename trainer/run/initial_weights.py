@@ -30,13 +30,20 @@ def first_weights(root: Path, config: RunConfig) -> Path | None:
     return place if config.model.from_hf and (place / MANIFEST).is_file() else None
 
 
-def take_first_weights(root: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+def take_first_weights(
+    root: Path,
+    config: RunConfig,
+    say: Callable[[str], None],
+    *,
+    allow_change: Sequence[str] = (),
+) -> None:
     """Convert the weights of `model.from_hf` into a run's folder, unless they are there.
 
     One process calls it, with the lock of the folder. What a killed one has begun is gone on with.
 
     Raises:
-        ConfigError: the folder's weights are not those of the model.
+        ConfigError: its config.json describes another model in a key that `allow_change` does not
+            name.
         CheckpointError: the folder is damaged, or the disk has no room.
     """
     if not config.model.from_hf or first_weights(root, config) is not None:
@@ -44,7 +51,7 @@ def take_first_weights(root: Path, config: RunConfig, say: Callable[[str], None]
     from holdfast.checkpoint.convert import Conversion, convert
 
     source = expanded(config.model.from_hf, "model.from_hf")
-    _check_described(_content(source), config, str(source), allow_change=())
+    _check_described(_content(source), config, str(source), allow_change=allow_change)
     converted = convert(
         Conversion(
             source=source,

@@ -114,7 +114,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 say=say,
             )
         if resume in ("auto", "none"):
-            take_first_weights(root, config, say)
+            take_first_weights(root, config, say, allow_change=allow_change)
         run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
         if request.ranks_here and not run.resume.candidates:
             note = idle_cores_note(config, request.ranks_here)

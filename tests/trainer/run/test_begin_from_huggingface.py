@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import load_config
+from holdfast.trainer.run.initial_weights import FIRST_WEIGHTS, first_weights, take_first_weights
 from support.oracles.transformers_models import SIZES
 from support.runs.commands import holdfast
 
@@ -114,6 +115,20 @@ def test_a_folder_is_trained_and_is_a_folder_again(kind: str, tmp_path: Path) ->
     again = holdfast(tmp_path, "train", "c.toml", "--from-hf", "model", "--out", str(run))
     assert again.returncode == 0
     assert "step 1/2" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_key_may_differ_from_the_folder_s_where_the_option_names_it(tmp_path: Path) -> None:
+    made(tmp_path / "model", "gpt2", **MODELS["gpt2"])
+    path = tmp_path / "c.toml"
+    path.write_text(f'[model]\nfrom_hf = "{tmp_path / "model"}"\nnorm_eps = 1e-4\n')
+    config = load_config(path, ["train.seq_len=16"])
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"--allow-change model\.norm_eps$"):
+        take_first_weights(tmp_path, config, said.append)
+    take_first_weights(tmp_path, config, said.append, allow_change=("model.norm_eps",))
+    assert [line.split(":")[0] for line in said] == [f"took the weights of {tmp_path / 'model'}"]
+    assert first_weights(tmp_path, config) == tmp_path / FIRST_WEIGHTS
 
 
 def test_a_folder_gives_the_keys_that_are_not_set(tmp_path: Path) -> None:

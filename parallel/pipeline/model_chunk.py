@@ -45,6 +45,8 @@ class MicroBatchContext:
     """Its tokens and documents; None where no chunk of the rank reads them."""
     loss_gradient: float = 1.0
     """The derivative of the step's loss by a token's loss: 1 / the tokens that a step predicts."""
+    z_loss: float = 0.0
+    """The factor of the z-loss of the head; see `cross_entropy_sum`."""
     slices: Slices = field(default_factory=Slices)
     """The slices of its sequences, of which the pass computes this rank's own."""
     kept: dict[object, Any] = field(default_factory=dict)

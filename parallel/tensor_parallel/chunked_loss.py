@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from holdfast.parallel.pipeline import WeightGradientQueue
 from holdfast.parallel.tensor_parallel.split import TensorParallel
 from holdfast.parallel.tensor_parallel.sums import tree_sum
+from holdfast.parallel.tensor_parallel.vocab import z_factor
 
 
 def chunked_cross_entropy_sum(
@@ -31,6 +32,7 @@ def chunked_cross_entropy_sum(
     tp: TensorParallel,
     chunk: int,
     ignored: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The sum over tokens of the cross-entropy of the logits value @ weight.T.
 
@@ -44,11 +46,12 @@ def chunked_cross_entropy_sum(
         first_rows: the row of the vocabulary with which each part begins.
         chunk: the rows of a part whose logits are in memory at once.
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
+        z_loss: as of `cross_entropy_sum`.
     Returns:
         float64 scalar, equal on all ranks of the group. Collective over the group of `tp`.
     """
     return _ChunkedLoss.apply(  # pyrefly: ignore[bad-return]
-        value, queue, targets, first_rows, tp, chunk, ignored, *weights
+        value, queue, targets, first_rows, tp, chunk, ignored, z_loss, *weights
     )
 
 
@@ -90,11 +93,14 @@ class _LogitGradient:
     """The sum of exponentials over the whole vocabulary: float[tokens, 1]."""
     scale: Tensor
     """The gradient of each token's loss: a scalar of their dtype, or [tokens, 1]."""
+    z_loss: float
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the weight, float[tokens, rows] in the dtype of the hidden states)."""
         for rows, wide in self.logits.chunks():
             gradient = wide.sub_(self.largest).exp_().div_(self.total).mul_(self.scale)
+            if self.z_loss:
+                gradient.mul_(z_factor(self.total, self.largest, self.z_loss))
             columns, outside = self.logits.targets_in(rows)
             gradient.scatter_add_(-1, columns, torch.where(outside, 0.0, -self.scale))
             yield rows, gradient.to(self.logits.hidden.dtype)
@@ -157,6 +163,7 @@ class _ChunkedLoss(torch.autograd.Function):
         tp: TensorParallel,
         chunk: int,
         ignored: Tensor | None,
+        z_loss: float,
         *weights: Tensor,
     ) -> Tensor:
         locals_ = [targets.reshape(-1) - first for first in first_rows]
@@ -172,6 +179,7 @@ class _ChunkedLoss(torch.autograd.Function):
             losses.masked_fill_(ignored, 0.0)
         ctx.save_for_backward(value, largest, total, ignored, *weights, *locals_)
         ctx.queue, ctx.parameters, ctx.tp, ctx.chunk = queue, weights, tp, chunk
+        ctx.z_loss = z_loss
         return losses.double().sum()
 
     @staticmethod
@@ -184,17 +192,17 @@ class _ChunkedLoss(torch.autograd.Function):
         if ignored is not None:
             scale = torch.where(ignored, 0.0, scale)
         partials, gradients = [], []
-        needed = ctx.needs_input_grad[7:]
+        needed = ctx.needs_input_grad[8:]
         for parameter, is_needed, weight, local in zip(
             ctx.parameters, needed, weights, locals_, strict=True
         ):
             logits = _Logits(hidden, weight.detach(), local, ctx.chunk)
-            gradient = _LogitGradient(logits, largest, total, scale)
+            gradient = _LogitGradient(logits, largest, total, scale, ctx.z_loss)
             put = ctx.queue if is_needed else None
             partial, found = _part_gradients(gradient, parameter, put)
             partials.append(partial.to(value.dtype).view(-1, *value.shape[1:]))
             gradients.append(found)
-        return tp.sum(partials), None, None, None, None, None, None, *gradients
+        return tp.sum(partials), *(None,) * 7, *gradients
 
 
 def _part_gradients(

@@ -41,6 +41,7 @@ def cross_entropy_sum(
     first_rows: Sequence[int],
     tp: TensorParallel,
     ignored: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The sum over tokens of the cross-entropy, with logits split along the vocabulary.
 
@@ -51,11 +52,13 @@ def cross_entropy_sum(
         targets: int64[seq, batch] in the whole vocabulary.
         first_rows: the row of the vocabulary with which each part begins.
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
+        z_loss: the factor of the square of each token's logarithm of the sum of exponentials
+            (Chowdhery et al. 2022), which is in the gradient and not in the sum.
     Returns:
         float64 scalar, equal on all ranks of the group of `tp`. Collective over it.
     """
     return _CrossEntropySum.apply(  # pyrefly: ignore[bad-return]
-        targets, first_rows, tp, ignored, *logits
+        targets, first_rows, tp, ignored, z_loss, *logits
     )
 
 
@@ -125,6 +128,7 @@ class _CrossEntropySum(torch.autograd.Function):
         first_rows: Sequence[int],
         tp: TensorParallel,
         ignored: Tensor | None,
+        z_loss: float,
         *logits: Tensor,
     ) -> Tensor:
         wide = [part if part.dtype == torch.float64 else part.float() for part in logits]
@@ -145,6 +149,8 @@ class _CrossEntropySum(torch.autograd.Function):
             losses.masked_fill_(ignored, 0.0)
         for part in exponentials:
             part.div_(total.unsqueeze(-1))
+            if z_loss:
+                part.mul_(z_factor(total, largest, z_loss).unsqueeze(-1))
             if ignored is not None:
                 part.masked_fill_(ignored.unsqueeze(-1), 0.0)
         ctx.save_for_backward(*exponentials, *(tensor for both in places for tensor in both))
@@ -164,4 +170,13 @@ class _CrossEntropySum(torch.autograd.Function):
             share = torch.where(outside, 0.0, -scale).to(gradient.dtype).unsqueeze(-1)
             gradient.scatter_add_(-1, local.unsqueeze(-1), share)
             gradients.append(gradient.to(ctx.dtype))
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
+
+
+def z_factor(total: Tensor, largest: Tensor, z_loss: float) -> Tensor:
+    """The factor by which the z-loss increases the gradient by each token's probabilities.
+
+    Args:
+        total: of each token, the sum of exponentials of logits less the `largest`.
+    """
+    return (total.log() + largest).mul_(2 * z_loss).add_(1.0)

@@ -184,7 +184,7 @@ def _backward_passes(
             micro_batch_size=train.micro_batch,
         )
         context = MicroBatchContext(
-            step, micro_batch, True, batch, 1.0 / predicted, _slices(config)
+            step, micro_batch, True, batch, 1.0 / predicted, train.z_loss_coef, _slices(config)
         )
         loss = chunk(None, context).sum()
         (loss / predicted).backward()

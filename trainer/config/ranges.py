@@ -90,6 +90,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "activation_gib": _GIB,
         "tflops": _RATE,
         "vocab_chunk": Range(0, 2**27),
+        "z_loss_coef": Range(0, 1e6),
         "context_chunks": Range(1, 2**16),
         "threads_per_rank": Range(1, 4096),
         "eval_every": _STEPS,

@@ -47,6 +47,8 @@ class TrainConfig(Section, frozen=True):
     """A name of `PRECISIONS`; bf16 has fp32 master weights, `holdfast check` computes in fp64."""
     clip_grad_norm: float = 1.0
     """0: no clipping."""
+    z_loss_coef: float = 0.0
+    """The factor of the mean square of each token's logarithm of the sum of exponentials."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
     """"selective": recompute the attention core; "full": whole layers; "auto": the least per layer
     that keeps activations within `activation_gib`."""

@@ -77,6 +77,7 @@ _OF_THE_DATA = ("data.", "model.vocab", "train.seq_len", "train.seed")
 WORTH_SAYING = (
     "train.steps",
     "train.clip_grad_norm",
+    "train.z_loss_coef",
     "train.vocab_chunk",
     "train.context_chunks",
     "train.compile",

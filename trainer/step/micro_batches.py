@@ -84,6 +84,7 @@ class MicroBatches:
             self.training,
             batch,
             1.0 / self.predicted,
+            self._train.z_loss_coef,
             self.slices if stretch is None else self._stretches[stretch],
             kept,
             self.loads,

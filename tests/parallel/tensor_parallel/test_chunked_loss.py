@@ -14,7 +14,13 @@ from holdfast.parallel.layout import Box, HeldRow, Initial, ParameterSpec
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.pipeline import WeightGradientQueue
-from holdfast.parallel.tensor_parallel import TensorParallel, chunked_cross_entropy_sum
+from holdfast.parallel.tensor_parallel import (
+    TensorParallel,
+    Weight,
+    chunked_cross_entropy_sum,
+    column_linear,
+    cross_entropy_sum,
+)
 
 SEQ, BATCH, HIDDEN, VOCAB = 6, 3, 8, 67
 SCALE = 0.37
@@ -171,3 +177,31 @@ def test_logits_are_never_whole_and_nothing_of_them_is_kept() -> None:
     buffers = {x.untyped_storage().data_ptr() for x in (value, weight)}
     statistics = [size for place, size in kept.items() if place not in buffers]
     assert sum(statistics) == tokens * (8 + 4 + 4)  # the target, the largest logit, the sum
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_loss(chunk: int) -> None:
+    """By its definition under autograd; ignored places have none."""
+    value, weight, targets = inputs(torch.float64)
+    ignored = torch.zeros(SEQ, BATCH, dtype=torch.bool)
+    ignored[1] = True
+    wide, matrix = (x.detach().clone().requires_grad_() for x in (value, weight))
+    logits = F.linear(wide, matrix)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    plain = (plain.view(SEQ, BATCH) * ~ignored).sum()
+    squares = (logits.logsumexp(-1).square() * ~ignored).sum()
+    ((plain + 0.05 * squares) * SCALE).backward()
+    tp, queue = TensorParallel(None, False), WeightGradientQueue()
+    if chunk:
+        loss = chunked_cross_entropy_sum(
+            value, [weight], queue, targets, [0], tp, chunk, ignored, 0.05
+        )
+    else:
+        [ours] = column_linear(value, [[Weight(weight, queue)]], tp)
+        loss = cross_entropy_sum([ours], targets, [0], tp, ignored, 0.05)
+    loss.backward(torch.tensor(SCALE, dtype=torch.float64))
+    torch.testing.assert_close(loss, plain.detach())
+    for ours, theirs in ((value, wide), (weight, matrix)):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert_near(ours.grad, theirs.grad, torch.float64)

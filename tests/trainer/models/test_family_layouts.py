@@ -55,7 +55,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def run_of(model: dict[str, Any], layout: dict[str, Any], **sections: Any) -> Any:
-    train = {"steps": 2, "seq_len": 32, "global_batch": 3, "context_chunks": 4}
+    train = {"steps": 2, "seq_len": 32, "global_batch": 3, "context_chunks": 4, "z_loss_coef": 0.01}
     config = make_config(
         model={"layers": 2, "heads": 8, "kv_heads": 2, **model},
         train={**train, **sections.pop("train", {})},
@@ -116,7 +116,7 @@ def test_documents_are_as_if_alone_in_windows_and_with_learned_positions(
     packed, apart = (our_model(model, torch.float64) for _ in range(2))
     slices = Slices(24 // count, (0,) * count) if count > 1 else Slices()
     context = context_of(tokens, Documents.of(lengths, 2))
-    losses = packed(None, context.__class__(0, 0, True, context.batch, 1.0, slices))
+    losses = packed(None, context.__class__(0, 0, True, context.batch, slices=slices))
     losses.sum().backward()
     rows = [(0, 0, 11), (0, 11, 24), (1, 0, 9), (1, 9, 24)]
     total = 0.0

@@ -130,6 +130,7 @@ class Head(nn.Module):
                 self._tp,
                 self._vocab_chunk,
                 ignored,
+                context.z_loss,
             )
         logits = self.logits(value, number, queues)
-        return cross_entropy_sum(logits, targets, first_rows, self._tp, ignored)
+        return cross_entropy_sum(logits, targets, first_rows, self._tp, ignored, context.z_loss)

@@ -64,7 +64,7 @@ class ParameterSpec:
 
     @property
     def elements(self) -> int:
-        return self.rows * self.row_elements
+        return self.box.elements
 
     def is_first(self, part: int) -> bool:
         """Whether a part's segment is the one that counts: once for all copies and uses."""

@@ -41,15 +41,20 @@ def training_program(plan: Plan, rank: int, only: frozenset[int] | None = None) 
     Args:
         only: the micro-batches to compute; None: all.
     """
-    return _program(plan, "train", rank, compute_programs, only)
+    return _with_messages(plan, rank, compute_program(plan, rank, only))
+
+
+def compute_program(plan: Plan, rank: int, only: frozenset[int] | None = None) -> Program:
+    """The program of a rank in a training step, without its messages. Arguments as above."""
+    return _compute_program(plan, "train", rank, compute_programs, only)
 
 
 def evaluation_program(plan: Plan, rank: int) -> Program:
     """The program of a rank that evaluates one global batch: forwards only."""
-    return _program(plan, "forward", rank, forward_only)
+    return _with_messages(plan, rank, _compute_program(plan, "forward", rank, forward_only))
 
 
-def _program(
+def _compute_program(
     plan: Plan,
     kind: str,
     rank: int,
@@ -62,10 +67,15 @@ def _program(
     if plan.is_regular and only is None:
         numbers = plan.micro_batches[at.data]
         local = _regular_programs(plan, kind, generate, len(numbers))
-        named = tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local[at.pipeline])
-    else:
-        named = _rerouted(plan, kind, at, only, generate)
-    return program_with_messages(named, _peers_of(plan, rank, at), chunks=len(plan.placement))
+        return tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local[at.pipeline])
+    return _rerouted(plan, kind, at, only, generate)
+
+
+def _with_messages(plan: Plan, rank: int, program: Program) -> Program:
+    at = plan.stage_replicas.find(rank)
+    if at is None:
+        return ()
+    return program_with_messages(program, _peers_of(plan, rank, at), chunks=len(plan.placement))
 
 
 def _peers_of(plan: Plan, rank: int, at: Coordinates) -> PeersOf:

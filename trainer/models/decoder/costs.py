@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
+from holdfast.trainer.models.decoder.section import (
+    DecoderConfig,
+    Design,
+    ExpertDesign,
+    is_windowed,
+)
+
+_ALIGNED_BYTES = 64
+"""The rows of each expert begin at a multiple of these (expert_parallel.row_multiple): half of them
+lie between experts on average."""
 
 
 class _Attention(NamedTuple):
@@ -41,10 +50,15 @@ class Costs:
         self._tokens = tokens = seq_len * micro_batch
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
+        self._wide = wide = max(4, size)
         self.hidden_bytes = tokens * model.hidden * size // split
+        # Of a norm: its input and its product before the weight, one of them wide (of LayerNorm
+        # both), and its output.
+        of_norm = size + wide + (wide if design.layer_norm else size)
+        self._norm_bytes = self.hidden_bytes // size * of_norm
         # Each head has a copy of its keys where slices do not divide these (context_parallel).
         attended = model.heads * model.dim_per_head
-        self.keys_bytes = 2 * tokens * attended * (size + max(4, size)) // tensor
+        self.keys_bytes = 2 * tokens * attended * (size + wide) // tensor
         self.embedding_activation_bytes = (18 if design.learned_positions else 9) * tokens
         self._attention = self._of_attention(split)
 
@@ -94,32 +108,34 @@ class Costs:
         """What a layer keeps."""
         if recompute == "full":
             return self.hidden_bytes
-        model, tensor, of_tokens = self._model, self._tensor, self._tokens * self._size
-        experts, wide = self._design.experts_of(layer), model.intermediate
+        model, design, tensor = self._model, self._design, self._tensor
+        of_tokens, experts = self._tokens * self._size, design.experts_of(layer)
+        wide = model.intermediate if experts is None else experts.shared
+        kept = 2 * self._norm_bytes + self._attention.kept
+        kept += of_tokens * (2 if design.gelu else 4) * wide // tensor
         if experts is not None:
-            wide = experts.per_token * experts.intermediate + experts.shared
-        features = 2 if self._design.gelu else 4
-        kept = self._norms_bytes() + of_tokens * features * wide // tensor + self._attention.kept
-        if experts is not None:  # rows at the experts and back, and the router's scores
-            rows = 2 * experts.per_token * model.hidden * self._size
-            kept += self._tokens * (rows + 8 * experts.count) // tensor
-        attended = model.heads * model.dim_per_head
-        kept += of_tokens * attended // tensor
-        if recompute == "selective":
-            return kept + of_tokens * self._attention.projected // tensor
-        rotated = 0 if self._design.learned_positions else 2 * attended
-        return kept + of_tokens * (self._attention.projected + rotated) // tensor
+            kept += self._expert_bytes(experts)
+        queries, keys = (heads * model.dim_per_head for heads in (model.heads, model.kv_heads))
+        kept += of_tokens * (self._attention.projected + queries) // tensor
+        if recompute == "selective" or design.learned_positions:
+            return kept
+        kept += of_tokens * (2 * queries + keys) // tensor  # rotated, and the output by heads
+        if design.head_norms:
+            kept += self._tokens * (queries + keys) * (self._size + self._wide) // tensor
+        return kept
 
-    def _norms_bytes(self) -> int:
-        """What a layer keeps of hidden states, for its norms and products."""
-        if not self._design.layer_norm:
-            return 4 * self.hidden_bytes
-        # Its input and what its weight is multiplied with are wide.
-        size = self._size
-        return 2 * self.hidden_bytes * (size + 2 * max(4, size)) // size
+    def _expert_bytes(self, experts: ExpertDesign) -> int:
+        """What all experts of a layer keep: rows of tokens, there and back, and scores."""
+        hidden, between = self._model.hidden, experts.count * _ALIGNED_BYTES // (2 * self._size)
+        rows = experts.per_token * self._tokens
+        kept = (rows + between) * self._size * (hidden + 2 * experts.intermediate)
+        kept += rows * hidden * self._wide
+        kept += 16 * self._tokens * (experts.count + experts.per_token)
+        # The router's input is wide, and takes the place of the norm's output.
+        return kept // self._tensor + self.hidden_bytes // self._size * (self._wide - self._size)
 
     def head_activation_bytes(self, vocab_chunk: int) -> int:
         """What the head keeps, with the one chunk of logits that is in memory while it computes."""
-        entry = self._tokens * max(4, self._size)
+        entry = self._tokens * self._wide
         logits = vocab_chunk * entry or entry * self._model.vocab // self._tensor
-        return 2 * self.hidden_bytes + logits
+        return self._norm_bytes + logits

@@ -19,6 +19,7 @@ from support.runs.small_runs import findings_of
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 PARAMETERS = {
+    "gpt2-124m": 124_439_808,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "mixtral-8x7b": 46_702_792_704,

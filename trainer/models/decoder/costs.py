@@ -50,7 +50,7 @@ class Costs:
         self._tokens = tokens = seq_len * micro_batch
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
-        self._wide = wide = max(4, size)
+        wide = self._wide
         self.hidden_bytes = tokens * model.hidden * size // split
         # Of a norm: its input and its product before the weight, one of them wide (of LayerNorm
         # both), and its output.
@@ -61,6 +61,11 @@ class Costs:
         self.keys_bytes = 2 * tokens * attended * (size + wide) // tensor
         self.embedding_activation_bytes = (18 if design.learned_positions else 9) * tokens
         self._attention = self._of_attention(split)
+
+    @property
+    def _wide(self) -> int:
+        """The bytes of an element in float32 or wider."""
+        return max(4, self._size)
 
     def _of_attention(self, split: int) -> _Attention:
         model, latent = self._model, self._design.latent

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from holdfast.trainer.models import FAMILIES, build_whole_model
 from support.oracles.plain_llama import train_plainly
 from support.oracles.plain_loop import batches_of, rates_of
-from support.oracles.transformers_models import by_name, their_model, value_of
+from support.oracles.transformers_models import DEEPSEEK, by_name, their_model, value_of
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_training
 
 KEYS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": DEEPSEEK | {"router_aux_loss_coef": 0.0, "router_bias_speed": 0.0},
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_embeddings": True},
     "mistral": {"sliding_window": 5},
     "mixtral": {"experts": 4, "router_aux_loss_coef": 0.0},
@@ -29,7 +30,8 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"kv_heads": 0, "tie_embeddings": True},
 }
-"""The keys of each family: what sets it apart. Transformers has another auxiliary loss."""
+"""The keys of each family: what sets it apart. Transformers has another auxiliary loss, and leaves
+biases of routers as they are."""
 
 
 class _Logits(nn.Module):
@@ -48,7 +50,7 @@ class _Logits(nn.Module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_steps_equal_a_plain_loop_over_transformers(cluster: Cluster, family: str) -> None:
     config = make_config(
-        model={"family": family, "layers": 2, "dropout": 0.0, **KEYS[family]},
+        model={"layers": 2, "dropout": 0.0, **KEYS[family], "family": family},
         train={"steps": 50, "global_batch": 4, "micro_batch": 2, "precision": "fp64"},
         optimizer={"lr": 3e-3, "warmup_steps": 5},
     )

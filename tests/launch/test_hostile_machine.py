@@ -169,16 +169,18 @@ def test_a_clock_that_goes_back_a_nameless_user_a_deaf_parent_and_a_loud_torch_c
 
 
 @pytest.mark.mp
-@pytest.mark.parametrize("most", [2, 5, 9])
 @pytest.mark.parametrize(
-    "command",
+    ("command", "most"),
     [
-        [*HOLDFAST, "train", *PLAIN],
-        [*HOLDFAST, "train", *ELASTIC],
-        [*HOLDFAST, "check"],
-        [sys.executable, "-m", "holdfast.trainer", *PLAIN],
+        pytest.param([*HOLDFAST, "train", *PLAIN], 2, id="plain-2"),
+        pytest.param([*HOLDFAST, "train", *PLAIN], 9, id="plain-9"),
+        pytest.param([*HOLDFAST, "train", *ELASTIC], 5, id="elastic-5"),
+        pytest.param([*HOLDFAST, "train", *ELASTIC], 9, id="elastic-9"),
+        pytest.param([*HOLDFAST, "check"], 2, id="check-2"),
+        pytest.param([*HOLDFAST, "check"], 5, id="check-5"),
+        pytest.param([sys.executable, "-m", "holdfast.trainer", *PLAIN], 2, id="worker-2"),
+        pytest.param([sys.executable, "-m", "holdfast.trainer", *PLAIN], 5, id="worker-5"),
     ],
-    ids=["plain", "elastic", "check", "worker"],
 )
 def test_a_user_that_may_start_no_further_process_is_told_in_a_line(
     command: list[str], most: int

@@ -1,4 +1,4 @@
-"""Every two values that go together, in a run of four steps with the bits of one process.
+"""Every two values that go together, in a run of three steps with the bits of one process.
 
 The factors: tensor and context degree (1, 2, 4), stages and replicas (1, 2, 4), chunks per rank
 (1, 2), every schedule, either exchange of a context group, sequence parallelism, stretches (1, 2),
@@ -33,7 +33,7 @@ from support.runs.layout_factors import (
 )
 from support.runs.undisturbed import Undisturbed
 
-STEPS = 4
+STEPS = 3
 """Those after the first begin with weights, moments and averages that others have changed."""
 
 

@@ -252,7 +252,7 @@ def test_kills_change_no_bit_of_matrices_groups_moments_and_averages(
 
 def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster: Cluster) -> None:
     train = {"steps": 16, "precision": "bf16", "global_batch": BATCH}
-    model = {"tie_embeddings": True}
+    model = {"tie_embeddings": True, "layers": 2}
     expected = bits_of(run_training(cluster, make_config(train=train, model=model)))
     saved = []
     for memory in ("device", "host"):

@@ -277,7 +277,7 @@ def _defaults_of_families() -> dict[str, Any]:
     from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
     return {
-        f"model.{key.name}": msgspec.to_builtins(key.default)
+        f"model.{key.name}": msgspec.json.decode(msgspec.json.encode(key.default))  # no tuples
         for name in FAMILIES
         for key in msgspec.structs.fields(family_of(name).section)
         if key.name not in ModelConfig.__struct_fields__

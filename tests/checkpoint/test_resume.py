@@ -58,6 +58,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.mp
+@pytest.mark.slow
+def test_experts_go_on_on_other_ranks_with_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
+    """Their optimizer's state is saved and read like that of all else."""
+    model = {"family": "qwen3_moe", "layers": 2, "experts": 4, "expert_intermediate": 16}
+    shards = {"tensor_shards": 2}
+    run_in(cluster, _config(model=model, numerics=shards), tmp_path / "undisturbed")
+    train = {"stop_after": STOP}
+    first = _config(model=model, numerics=shards, train=train, parallel={"tensor": 2, "data": 2})
+    run_in(cluster, first, tmp_path / "run")
+    then = _config(model=model, numerics=shards, parallel={"data": 3, "shard": "parameters"})
+    run_in(cluster, then, tmp_path / "run")
+    assert _exact(tmp_path / "run") == _exact(tmp_path / "undisturbed")
+
+
+@pytest.mark.mp
 @pytest.mark.parametrize(
     ("first", "second"),
     [

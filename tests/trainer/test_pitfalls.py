@@ -104,6 +104,33 @@ def test_bug_is_found_and_named(
     assert kinds[0] == kind, [str(finding) for finding in findings]
 
 
+EXPERTS = {
+    "family": "qwen3_moe",
+    "experts": 4,
+    "expert_intermediate": 8,
+    "router_aux_loss_coef": 0.5,
+}
+
+# (bug, layout, kind of the first finding)
+OF_EXPERTS: list[tuple[str, dict[str, Any], str]] = [
+    ("expert_gradients_scaled_by_ranks", {"tensor": 2}, "gradient"),
+    ("router_loss_of_own_tokens_alone", {"tensor": 2}, "activation gradient"),
+    ("replicated_weights_counted_by_every_rank", {"tensor": 2}, "gradient norm"),
+    ("clipping_by_own_norm", {"tensor": 2}, "gradient norm"),
+    ("dropout_equal_on_sequence_shards", {"tensor": 2}, "activation"),
+]
+
+
+@pytest.mark.parametrize(("bug", "layout", "kind"), OF_EXPERTS, ids=lambda v: str(v)[:40])
+def test_bug_of_experts_is_found(
+    cluster: Cluster, bug: str, layout: dict[str, Any], kind: str
+) -> None:
+    config = tiny(layout, EXPERTS)
+    assert findings_of(cluster, config) == []
+    findings = findings_of(cluster, config, bug)
+    assert findings[0].kind == kind, [str(finding) for finding in findings]
+
+
 def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     layout = {"pipeline": 2, "virtual": 2, "schedule": "interleaved-1f1b"}
     config = tiny(layout, {})

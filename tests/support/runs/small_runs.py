@@ -215,8 +215,8 @@ def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug:
     run_config = convert_config(config)
     if not bug:
         return run_layout(run_config, local_world(rank, world_size), store)
-    from support.oracles import bugs, slice_bugs
+    from support.oracles import bugs, expert_bugs, slice_bugs
 
-    known = {**vars(slice_bugs), **vars(bugs)}
+    known = {**vars(slice_bugs), **vars(expert_bugs), **vars(bugs)}
     with known[bug]():
         return run_layout(run_config, local_world(rank, world_size), store)

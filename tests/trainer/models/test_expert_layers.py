@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.parallel.expert_parallel import Router
+from holdfast.parallel.expert_parallel import Router, balance_loss, dispatch
 from holdfast.parallel.pipeline import Batch, Documents, MicroBatchContext
 from holdfast.trainer.models import build_chunk, layer_specs
+from holdfast.trainer.models.decoder import experts as layer_experts
 from support.oracles.transformers_models import (
+    DEEPSEEK,
     by_name,
     context_of,
     gradient_of,
@@ -104,6 +106,35 @@ def test_padding_changes_neither_counts_nor_losses() -> None:
         if name != embedding:
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1][embedding], found[0][embedding], rtol=1e-12, atol=1e-12)
+
+
+def test_the_routers_loss_counts_what_is_dispatched() -> None:
+    """With groups and biases, which choose others than the best scores."""
+    model = small_model(**{**DEEPSEEK, "router_aux_loss_coef": 0.5})
+    chunk = our_model(model, torch.float64)
+    for (*_, spec), parameter in chunk.rows():
+        if spec.name.endswith("e_score_correction_bias"):
+            parameter.data = torch.linspace(-2.0, 2.0, model.experts, dtype=torch.float64)
+    sent: list[Tensor] = []
+    counted: list[Tensor] = []
+
+    def sending(chosen: Tensor, *others: Any) -> Any:
+        sent.append(torch.bincount(chosen.flatten(), minlength=model.experts))
+        return dispatch(chosen, *others)
+
+    def counting(choices: Any, counts: Tensor, *others: Any) -> Tensor:
+        best = choices.shares.topk(model.experts_per_token).indices
+        assert not torch.equal(best.sort().values, choices.experts.sort().values)
+        counted.append(counts.sum(0))
+        return balance_loss(choices, counts, *others)
+
+    with (
+        mock.patch.object(layer_experts, "dispatch", sending),
+        mock.patch.object(layer_experts, "balance_loss", counting),
+    ):
+        chunk(None, context_of(tokens_of(model, 2, 25)))
+    assert len(sent) == model.layers - len(model.dense_layers)
+    assert [counts.tolist() for counts in counted] == [counts.tolist() for counts in sent]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])

@@ -1,0 +1,45 @@
+"""Published bugs of experts, each as a context manager that puts it into the running project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from holdfast.parallel.expert_parallel import products
+from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
+from holdfast.parallel.tensor_parallel.split import TensorParallel
+from holdfast.trainer.models.decoder import experts
+
+
+@contextmanager
+def expert_gradients_scaled_by_ranks() -> Iterator[None]:
+    """The gradients of experts' weights are multiplied by the ranks that have experts."""
+    original, put = products._ExpertProducts.backward, WeightGradientQueue.put
+
+    def scaled(self: WeightGradientQueue, parameter: Any, outputs: Any, value: Any) -> None:
+        put(self, parameter, tuple(2 * output for output in outputs), value)
+
+    def backward(ctx: Any, gradient: Any) -> Any:
+        with mock.patch.object(WeightGradientQueue, "put", scaled):
+            return original(ctx, gradient)
+
+    with mock.patch.object(products._ExpertProducts, "backward", staticmethod(backward)):
+        yield
+
+
+@contextmanager
+def router_loss_of_own_tokens_alone() -> Iterator[None]:
+    """The router's auxiliary loss is that of a rank's own tokens, not of the whole sequence."""
+    original = experts.Experts._with_losses
+
+    def alone(self: experts.Experts, *arguments: Any) -> Any:
+        whole, self._tp = self._tp, TensorParallel(None, False)
+        try:
+            return original(self, *arguments)
+        finally:
+            self._tp = whole
+
+    with mock.patch.object(experts.Experts, "_with_losses", alone):
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,42 @@ from torch import nn
 from holdfast.checkpoint.convert.formats.megatron.writing import DECAY_STYLES, scheduler_state
 from holdfast.checkpoint.convert.sources import Catalog
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer.learning_rates import LEARNING_RATES
+from holdfast.trainer.learning_rates import LEARNING_RATES, Stage, learning_rate
 
 
-def catalog(schedule: str) -> Catalog:
-    config = {"optimizer": {"schedule": schedule, "lr": 1.0}, "train": {"steps": 10}}
+def catalog(schedule: str, **settings: Any) -> Catalog:
+    settings = {"schedule": schedule, "lr": 1.0, **settings}
+    config = {"optimizer": settings, "train": {"steps": 10}}
     return Catalog("holdfast", Path(), [], step=5, config=config)
 
 
-@pytest.mark.parametrize("schedule", DECAY_STYLES)
+@pytest.mark.parametrize("schedule", sorted(DECAY_STYLES.keys() - {"inverse-sqrt"}))
 def test_megatron_knows_the_schedule_that_is_written(schedule: str) -> None:
+    scheduler = _megatron_scheduler(scheduler_state(catalog(schedule), 0))
+    rates = []
+    for _ in range(5):
+        scheduler.step(1)
+        rates.append(float(scheduler.optimizer.param_groups[0]["lr"]))
+    expected = {"constant": 1.0, "wsd": 0.0, "cosine": 0.0, "linear": 0.0}[schedule]
+    assert rates[-1] == pytest.approx(expected)
+    assert (rates[0] == 1.0) == (schedule in ("constant", "wsd"))
+
+
+def test_the_inverse_square_root_goes_on_with_our_rates() -> None:
+    settings = {"warmup_steps": 3, "min_lr": 0.6}
+    scheduler = _megatron_scheduler(scheduler_state(catalog("inverse-sqrt", **settings), 0))
+    stage = Stage(schedule="inverse-sqrt", lr=1.0, **settings)
+    for step in range(5, 10):
+        scheduler.step(1)  # the rate of the update after as many steps
+        rate = learning_rate(step, steps=10, stages=[stage])
+        assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def _megatron_scheduler(state: dict[str, Any]) -> Any:
+    """Megatron's scheduler with the state that is written."""
     pytest.importorskip("megatron.core")
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    state = scheduler_state(catalog(schedule), 0)
     scheduler = OptimizerParamScheduler(
         torch.optim.AdamW(nn.Linear(1, 1).parameters()),  # pyrefly: ignore
         init_lr=0.0,
@@ -41,13 +64,7 @@ def test_megatron_knows_the_schedule_that_is_written(schedule: str) -> None:
         lr_wsd_decay_style="linear",
     )
     scheduler.load_state_dict(state)
-    rates = []
-    for _ in range(5):
-        scheduler.step(1)
-        rates.append(float(scheduler.optimizer.param_groups[0]["lr"]))
-    expected = {"constant": 1.0, "wsd": 0.0, "cosine": 0.0, "linear": 0.0}[schedule]
-    assert rates[-1] == pytest.approx(expected)
-    assert (rates[0] == 1.0) == (schedule in ("constant", "wsd"))
+    return scheduler
 
 
 def test_a_schedule_without_counterpart_is_named() -> None:
@@ -55,6 +72,20 @@ def test_a_schedule_without_counterpart_is_named() -> None:
         scheduler_state(catalog("wsdd"), 0)
 
 
-def test_every_schedule_of_ours_but_one_has_a_counterpart() -> None:
-    assert LEARNING_RATES.keys() - DECAY_STYLES.keys() == {"inverse-sqrt"}
-    assert DECAY_STYLES.keys() <= LEARNING_RATES.keys()
+@pytest.mark.parametrize(
+    ("schedule", "settings", "said"),
+    [
+        ("inverse-sqrt", {}, "no warm-up"),
+        ("cosine", {"decay_steps": 3}, r"optimizer\.decay_steps = 3"),
+        ("constant", {"lr_stages": [{"start": 5}]}, r"optimizer\.lr_stages"),
+    ],
+)
+def test_what_megatrons_schedules_lack_is_named(
+    schedule: str, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        scheduler_state(catalog(schedule, **settings), 0)
+
+
+def test_every_schedule_of_ours_has_a_counterpart() -> None:
+    assert LEARNING_RATES.keys() == DECAY_STYLES.keys()

@@ -57,7 +57,13 @@ _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """The values of torch's AdamW, for a source without its own."""
-DECAY_STYLES = {"cosine": "cosine", "constant": "constant", "wsd": "WSD", "linear": "linear"}
+DECAY_STYLES = {
+    "cosine": "cosine",
+    "constant": "constant",
+    "inverse-sqrt": "inverse-square-root",
+    "linear": "linear",
+    "wsd": "WSD",
+}
 """Megatron's `lr_decay_style` by the value of `optimizer.schedule`."""
 _VALUES = {
     "num_attention_heads": "heads",
@@ -286,6 +292,8 @@ def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
             f"the run's {unknown_name('optimizer.schedule', schedule, DECAY_STYLES)}; Megatron has "
             "no other schedule of ours"
         )
+    if odd := _odd_schedule(config, schedule):
+        raise CheckpointError(f"the run's {odd}; convert it to hf, which leaves the schedule out")
     return {
         "max_lr": config.get("lr", _RATE),
         "min_lr": config.get("min_lr", 0.0),
@@ -298,6 +306,22 @@ def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
         "wd_incr_style": "constant",
         "wd_incr_steps": train.get("steps", step) * batch,
     }
+
+
+def _odd_schedule(config: Mapping[str, Any], schedule: str) -> str:
+    """What Megatron's schedule of that name has no words for; empty if there is nothing. Pure."""
+    if schedule == "inverse-sqrt" and not config.get("warmup_steps"):
+        return (
+            "optimizer.schedule = 'inverse-sqrt' has no warm-up, which Megatron's begins to fall at"
+        )
+    if config.get("lr_stages"):
+        return "optimizer.lr_stages are several schedules, and Megatron has one"
+    if config.get("decay_steps") and schedule != "wsd":
+        return (
+            f"optimizer.decay_steps = {config['decay_steps']} end the schedule {schedule!r}, and "
+            "Megatron's has no end but that of 'wsd'"
+        )
+    return ""
 
 
 def optimizer_step(catalog: Catalog) -> int:

@@ -110,7 +110,7 @@ def test_padding_changes_neither_counts_nor_losses() -> None:
 
 def test_the_routers_loss_counts_what_is_dispatched() -> None:
     """With groups and biases, which choose others than the best scores."""
-    model = small_model(**{**DEEPSEEK, "router_aux_loss_coef": 0.5})
+    model: Any = small_model(**{**DEEPSEEK, "router_aux_loss_coef": 0.5})
     chunk = our_model(model, torch.float64)
     for (*_, spec), parameter in chunk.rows():
         if spec.name.endswith("e_score_correction_bias"):

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,42 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import machine
+from text_runs import held_out_losses
 
-ROOT = Path(__file__).resolve().parent.parent
-ONE_RANK = {
-    "parallel.data": 1,
-    "parallel.pipeline": 1,
-    "parallel.virtual": 1,
-    "parallel.schedule": "1f1b",
-    "elastic.enabled": "false",
-    "elastic.chaos": "[]",
-    "log.tensorboard": "false",
-    "log.trace_steps": "[]",
-}
 RATES = {name: (3e-3, 1e-2, 2e-2) for name in ("adamw", "muon")}
 BASE = "adamw"
 
 
 def losses(name: str, rate: float, seed: int, steps: int, every: int) -> dict[int, float]:
     """The held-out loss of one run, by step."""
-    keys = {
-        "optimizer.name": name,
-        "optimizer.lr": rate,
-        "optimizer.min_lr": rate / 10,
-        "train.seed": seed,
-        "train.steps": steps,
-        "train.eval_every": every,
-        "train.eval_batches": 2,
-        **ONE_RANK,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "holdfast.launch.cli", "train"]
-        command += [str(ROOT / "examples/tiny.toml"), "--out", f"{folder}/run"]
-        command += [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = (Path(folder) / "run/events.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return {event["step"]: event["loss"] for event in found if event["event"] == "evaluated"}
+    return held_out_losses({"optimizer.name": name}, rate, seed, steps, every)
 
 
 def reached(found: Mapping[int, float], loss: float) -> int | None:

@@ -264,10 +264,14 @@ def configuration_defaults() -> dict[str, Any]:
             value = "required" if key.required else key.default
             if key.default is msgspec.NODEFAULT and not key.required:
                 value = key.default_factory()
-            found[f"{section.name}.{key.name}"] = list(value) if isinstance(value, tuple) else value
+            found[f"{section.name}.{key.name}"] = _in_toml(value)
     for rule in OPTIMIZERS.values():
         found |= {f"optimizer.{key.name}": key.default for key in rule.own_keys}
     return found | _defaults_of_families()
+
+
+def _in_toml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _defaults_of_families() -> dict[str, Any]:
@@ -277,7 +281,7 @@ def _defaults_of_families() -> dict[str, Any]:
     from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
     return {
-        f"model.{key.name}": msgspec.json.decode(msgspec.json.encode(key.default))  # no tuples
+        f"model.{key.name}": _in_toml(msgspec.to_builtins(key.default))
         for name in FAMILIES
         for key in msgspec.structs.fields(family_of(name).section)
         if key.name not in ModelConfig.__struct_fields__

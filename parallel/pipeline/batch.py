@@ -68,6 +68,17 @@ class Batch(NamedTuple):
         predicted = torch.bincount(document, (self.targets >= 0).flatten().double())
         return (predicted > 0)[document].view_as(self.targets)
 
+    def cut(self, length: int) -> Batch:
+        """The same tokens in documents of at most `length` tokens, cut from each sequence's begin.
+
+        A token at an end still predicts the next one.
+        """
+        rows, size = self.tokens.shape
+        ends = {row * size + stop for row in range(rows) for stop in range(0, size, length)}
+        ends.update(() if self.documents is None else self.documents.cu_seqlens, {rows * size})
+        documents = Documents.of([stop - start for start, stop in pairwise(sorted(ends))], rows)
+        return self._replace(documents=documents)
+
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         documents = self.documents

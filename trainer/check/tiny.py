@@ -58,6 +58,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             seq_len=seq_len,
             global_batch=rows,
             batch_ramp=[],
+            length_ramp=[],
             micro_batch=micro_batch,
             precision="fp64",
             vocab_chunk=5 if train.vocab_chunk else 0,

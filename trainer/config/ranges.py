@@ -170,6 +170,7 @@ check_data_config checks, and the own key of an optimizer."""
 _TABLES: Mapping[str, Mapping[str, Range]] = {
     "data.stages": {"start": Range(1, _COUNT)},
     "train.batch_ramp": {"until": Range(1, _COUNT), "global_batch": Range(1, 2**24)},
+    "train.length_ramp": {"until": Range(1, _COUNT), "seq_len": Range(1, 2**31)},
     "optimizer.groups": {key: RANGES["optimizer"][key] for key in ("lr", "weight_decay", "eps")},
     "optimizer.lr_stages": {
         "start": Range(1, _COUNT),

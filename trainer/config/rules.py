@@ -23,6 +23,7 @@ from holdfast.trainer.config.optimizer_section import (
     stage_problems,
 )
 from holdfast.trainer.config.ranges import RANGES, range_problems
+from holdfast.trainer.config.sections import ramp_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
 from holdfast.trainer.models import family_of, windows_of
@@ -227,22 +228,7 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"train.batch_ramp with parallel.shard = {shard!r}: shared gradients and parameters "
             "travel by whole steps; use parallel.shard = 'optimizer', or leave the ramp out"
         )
-    last = 0
-    for number, stage in enumerate(train.batch_ramp):
-        name, size = f"train.batch_ramp[{number}]", stage.global_batch
-        if 1 <= stage.until <= last:
-            yield f"{name}.until = {stage.until}: must be more than {last}, where the last ends"
-        last = max(last, stage.until)
-        if size > train.global_batch:
-            yield (
-                f"{name}.global_batch = {size}: must be at most train.global_batch = "
-                f"{train.global_batch}"
-            )
-        if train.micro_batch >= 1 and size >= 1 and size % (train.micro_batch * max(1, data)):
-            yield (
-                f"{name}.global_batch = {size}: must be a multiple of train.micro_batch x "
-                f"parallel.data = {train.micro_batch * max(1, data)}"
-            )
+    yield from ramp_problems(train, max(1, data))
     if train.seq_len > config.model.max_seq_len:
         yield (
             f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -30,6 +31,15 @@ class BatchStage(Section, frozen=True):
     """Sequences per step before that."""
 
 
+class LengthStage(Section, frozen=True):
+    """The first steps of a run with shorter sequences: a `[[train.length_ramp]]` table."""
+
+    until: int
+    """The steps that are done when it ends."""
+    seq_len: int
+    """The tokens that attention sees at most before that."""
+
+
 class TrainConfig(Section, frozen=True):
     """The length of the training, and the computation of a micro-batch. A field for each key."""
 
@@ -41,6 +51,9 @@ class TrainConfig(Section, frozen=True):
     """Sequences per step, over all replicas; never changes with the number of ranks."""
     batch_ramp: list[BatchStage] = []
     """Smaller batches of the first steps: [[train.batch_ramp]] tables."""
+    length_ramp: list[LengthStage] = []
+    """Shorter sequences in the first steps, as many as fill `seq_len`: [[train.length_ramp]]
+    tables."""
     micro_batch: int = 2
     seed: int = 1234
     precision: str = "fp32"
@@ -77,6 +90,11 @@ class TrainConfig(Section, frozen=True):
         found = (stage.global_batch for stage in self.batch_ramp if step < stage.until)
         return next(found, self.global_batch)
 
+    def length_of(self, step: int) -> int:
+        """The tokens of a sequence of a step, counted from 0. Pure."""
+        found = (stage.seq_len for stage in self.length_ramp if step < stage.until)
+        return next(found, self.seq_len)
+
     def samples_before(self, step: int) -> int:
         """The sequences of all steps before one, counted from 0. Pure."""
         begun = found = 0
@@ -84,6 +102,42 @@ class TrainConfig(Section, frozen=True):
             found += (max(begun, min(step, stage.until)) - begun) * stage.global_batch
             begun = max(begun, min(step, stage.until))
         return found + (step - begun) * self.global_batch
+
+
+def ramp_problems(train: TrainConfig, replicas: int) -> Iterator[str]:
+    """The broken rules of stages in which batches or sequences grow, one line each. Pure."""
+    last = 0
+    unit = train.micro_batch * replicas
+    for number, stage in enumerate(train.batch_ramp):
+        name, size = f"train.batch_ramp[{number}]", stage.global_batch
+        yield from _end_problems(name, stage.until, last)
+        last = max(last, stage.until)
+        if size > train.global_batch:
+            yield (
+                f"{name}.global_batch = {size}: must be at most train.global_batch = "
+                f"{train.global_batch}"
+            )
+        if unit >= 1 and size >= 1 and size % unit:
+            yield (
+                f"{name}.global_batch = {size}: must be a multiple of train.micro_batch x "
+                f"parallel.data = {unit}"
+            )
+    last = longest = 0
+    for number, of_length in enumerate(train.length_ramp):
+        name, length = f"train.length_ramp[{number}]", of_length.seq_len
+        yield from _end_problems(name, of_length.until, last)
+        last = max(last, of_length.until)
+        if not longest < length < train.seq_len:
+            yield (
+                f"{name}.seq_len = {length}: must be more than {longest}, where the last was, and "
+                f"less than train.seq_len = {train.seq_len}"
+            )
+        longest = max(longest, length)
+
+
+def _end_problems(name: str, until: int, last: int) -> Iterator[str]:
+    if 1 <= until <= last:
+        yield f"{name}.until = {until}: must be more than {last}, where the last ends"
 
 
 class NumericsConfig(Section, frozen=True):

@@ -58,6 +58,7 @@ MUST_MATCH = (
     "train.seq_len",
     "train.global_batch",
     "train.batch_ramp",
+    "train.length_ramp",
     "train.micro_batch",
     "train.seed",
     "train.precision",

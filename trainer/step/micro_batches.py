@@ -18,7 +18,8 @@ from holdfast.trainer.data import Dataset
 
 def reads_batches(config: RunConfig, chunks: Iterable[int], last_chunk: int) -> bool:
     """Whether a rank with these chunks reads batches: for tokens, targets, or documents."""
-    return config.data.packing != "concatenated" or not {0, last_chunk}.isdisjoint(chunks)
+    has_documents = config.data.packing != "concatenated" or bool(config.train.length_ramp)
+    return has_documents or not {0, last_chunk}.isdisjoint(chunks)
 
 
 class _Known(NamedTuple):
@@ -103,6 +104,9 @@ class MicroBatches:
                 read = self._data.batch(
                     self.step, micro_batch, global_batch=batch, micro_batch_size=size
                 )
+            length = self._train.length_of(self.step)
+            if self.training and length < self._train.seq_len:
+                read = read.cut(length)
         return read.to(self._device)
 
     @property

@@ -51,6 +51,7 @@ _NOT_THE_WORK = (
     "train.steps",
     "train.global_batch",
     "train.batch_ramp",
+    "train.length_ramp",
     "train.eval_",
     "train.activation_gib",
 )

@@ -24,9 +24,7 @@ class DeepseekV3Config(ExpertConfig, frozen=True, kw_only=True):
     `head_dim` is that of a query and key in all.
     """
 
-    experts_per_token: int = 8
-    router_aux_loss_coef: float = 0.0001
-    expert_intermediate: int = 2048
+    expert_intermediate: int = 768
     """The width of each expert."""
     shared_experts: int = 1
     """The experts that every token goes to beside its own: one MLP of as many times the width."""

@@ -5,6 +5,7 @@ from .products import (
     expert_products as expert_products,
 )
 from .routing import (
+    LOAD_UNIT as LOAD_UNIT,
     Choices as Choices,
     Router as Router,
     add_gradient as add_gradient,

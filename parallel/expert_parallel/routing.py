@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ScoreFunction = Literal["softmax", "sigmoid"]
+LOAD_UNIT = 2.0**-8
+"""What a choice counts in the gradient of a router's bias: a power of two, so that sums are exact,
+which leaves room in integer sums for 2 ** 27 choices of an expert in a step."""
 _LEAST_SUM = 1e-20
 """Added to the sum of the chosen scores of a sigmoid, so that it divides."""
 

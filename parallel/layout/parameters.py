@@ -51,8 +51,9 @@ class ParameterSpec:
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
     balance: float | None = None
-    """Of biases that even loads: what a step changes each by, up where the load, which is its
-    gradient, is below the mean, and down where it is above. None: the optimizer updates it."""
+    """Of biases that even loads: what a step changes each by, up where the load, to which its
+    gradient is proportional, is below the mean, and down where it is above. None: the optimizer
+    updates it."""
 
     @property
     def rows(self) -> int:

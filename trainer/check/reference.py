@@ -119,9 +119,9 @@ class _Balance(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         loads = self._biases.grad
         assert loads is not None
-        counts = [int(load) for load in loads.tolist()]
-        for place, count in enumerate(counts):
-            above = count * len(counts) - sum(counts)
+        shares = loads.tolist()
+        for place, load in enumerate(shares):
+            above = load * len(shares) - sum(shares)
             self._biases[place] -= self._speed * ((above > 0) - (above < 0))
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
+from holdfast.parallel.expert_parallel import LOAD_UNIT
 from holdfast.parallel.layout.boxes import Box
 from holdfast.parallel.layout.parameters import HeldRow, Initial, ParameterSpec
 from holdfast.parallel.optimizer.accumulator import (
@@ -68,6 +69,18 @@ def test_sums_are_the_integers_that_python_computes(dtype: torch.dtype) -> None:
             expected[place] += round(math.ldexp(value, BITS))
     assert accumulator.sums[slice(*buffer.place(parameter))].tolist() == expected
     assert accumulator.finish() == 0
+
+
+def test_loads_of_large_steps_are_exact() -> None:
+    """A hundred million choices of one expert are in range, and one more makes a difference."""
+    parameter = nn.Parameter(torch.zeros(2))
+    accumulator, _ = accumulator_of(parameter)
+    for loads in (torch.full((2,), 2**23), torch.tensor([2**23, 2**23 + 1])):
+        for _ in range(6):
+            accumulator.add(parameter, loads * LOAD_UNIT)
+    assert accumulator.finish() == 0
+    found = [value / (LOAD_UNIT * 2**BITS) for value in accumulator.sums[:2].tolist()]
+    assert found == [12 * 2**23, 12 * 2**23 + 6]
 
 
 def test_order_does_not_matter() -> None:

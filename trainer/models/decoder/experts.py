@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.expert_parallel import (
+    LOAD_UNIT,
     Choices,
     Router,
     add_gradient,
@@ -156,7 +157,7 @@ class Experts(nn.Module):
         weights = choices.weights
         for place, load in enumerate(loads):
             bias = in_slice(self.router_bias, self._queue.of(number * len(loads) + place))
-            weights = add_gradient(weights, bias, load)
+            weights = add_gradient(weights, bias, load * LOAD_UNIT)
         return replace(choices, weights=weights)
 
     def _with_losses(

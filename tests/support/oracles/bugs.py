@@ -158,8 +158,8 @@ def cross_entropy_over_local_vocabulary() -> Iterator[None]:
     """The loss normalises over this rank's part of the vocabulary only."""
     original = ends.cross_entropy_sum
 
-    def local(logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any) -> torch.Tensor:
-        return original(logits, targets, first_rows, TensorParallel(None, False), ignored)
+    def local(logits: Any, targets: Any, first_rows: Any, tp: Any, *others: Any) -> torch.Tensor:
+        return original(logits, targets, first_rows, TensorParallel(None, False), *others)
 
     with mock.patch.object(ends, "cross_entropy_sum", local):
         yield

@@ -157,8 +157,10 @@ def ends_of_documents_are_predicted() -> Iterator[None]:
     """Places that count nothing count as if their target were the first entry."""
     original = ends.cross_entropy_sum
 
-    def counting(logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any) -> Any:
-        return original(logits, targets.clamp(min=0), first_rows, tp, None)
+    def counting(
+        logits: Any, targets: Any, first_rows: Any, tp: Any, ignored: Any, *others: Any
+    ) -> Any:
+        return original(logits, targets.clamp(min=0), first_rows, tp, None, *others)
 
     with mock.patch.object(ends, "cross_entropy_sum", counting):
         yield

@@ -8,9 +8,7 @@ with it.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from statistics import mean, stdev
 
 from rich.console import Console
@@ -19,7 +17,7 @@ from rich.table import Table
 from harness import machine
 from holdfast.trainer.config import load_config
 from holdfast.trainer.models import layer_specs
-from text_runs import ROOT, held_out_losses
+from text_runs import ROOT, arguments, held_out_losses
 
 DENSE: dict[str, object] = {"model.family": "mistral"}
 EXPERTS: dict[str, object] = {
@@ -60,12 +58,7 @@ def contestants() -> dict[str, dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = arguments(__doc__, every=50)
     table = Table(title=f"{given.steps} steps, seeds {given.seeds}")
     for column in ("", "parameters", "operations", "rate", "held-out loss at the end", "by rate"):
         table.add_column(column)

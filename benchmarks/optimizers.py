@@ -7,17 +7,15 @@ it. The loss is that of held-out text.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import mean, stdev
 
 from rich.console import Console
 from rich.table import Table
 
 from harness import machine
-from text_runs import held_out_losses
+from text_runs import arguments, held_out_losses
 
 RATES = {name: (3e-3, 1e-2, 2e-2) for name in ("adamw", "muon")}
 BASE = "adamw"
@@ -34,12 +32,7 @@ def reached(found: Mapping[int, float], loss: float) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = arguments(__doc__, every=10)
     size = (given.steps, given.every)
     tried = {
         name: {rate: losses(name, rate, given.seeds[0], *size) for rate in rates}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,20 @@ _ONE_RANK = {
     "log.tensorboard": "false",
     "log.trace_steps": "[]",
 }
+
+
+def arguments(description: str | None, every: int) -> argparse.Namespace:
+    """The command's steps, steps between evaluations, seeds, and file for results.
+
+    Args:
+        every: the steps between evaluations unless others are given.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every", type=int, default=every)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
 
 
 def held_out_losses(

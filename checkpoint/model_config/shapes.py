@@ -93,8 +93,7 @@ def contradictions(
     sizes = _sizes(told)
     numbers = {int(found[1]) for name in shapes if (found := _LAYER.fullmatch(name))}
     layers = next((sizes[key] for key in _LAYERS if sizes.get(key) is not None), None)
-    if kind in MODEL_TYPES and layers is not None:
-        numbers -= set(further_layers(config, numbers))
+    numbers -= set(further_layers(config, numbers))
     count = max(numbers, default=-1) + 1
     # Models of other types may keep layers for other tasks behind these.
     if numbers and layers is not None and (count < layers or (kind in _TYPES and count > layers)):

@@ -21,6 +21,12 @@ SIZES: dict[str, Any] = {
     "vocab": 37,
     "max_seq_len": 32,
 }
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
 DEEPSEEK: dict[str, Any] = {
     "family": "deepseek_v3",
     "kv_heads": 4,
@@ -54,12 +60,7 @@ MODELS: list[dict[str, Any]] = [
     {
         "family": "llama",
         "rope_theta": 500.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
-            "beta_fast": 4.0,
-        },
+        "rope_scaling": YARN,
     },
     {
         "family": "llama",
@@ -94,14 +95,7 @@ MODELS: list[dict[str, Any]] = [
         "query_rank": 0,
         "value_head_dim": 10,
         "rope_theta": 500.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
-            "beta_fast": 4.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.7,
-        },
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
     },
     {"family": "qwen2", "tie_embeddings": True},
     {"family": "qwen2", "sliding_window": 4, "max_window_layers": 1},

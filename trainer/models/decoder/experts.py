@@ -101,7 +101,7 @@ class Experts(nn.Module):
         choices = self._choices(value, number, decisions.get(number))
         decisions[number] = choices.experts
         counted = self._counted(context, number, value)
-        if context.training:
+        if context.training and (is_new or self.router_bias is not None):
             loads = self._loads(choices, counted)
             if is_new:
                 self._note(loads, context, number)

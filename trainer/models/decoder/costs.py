@@ -77,8 +77,10 @@ class Costs:
         down = latent.query_rank + latent.rank + latent.turning
         up = queries * attended + latent.rank * model.heads * (latent.plain + latent.value)
         output = model.heads * latent.value * model.hidden
-        # Latent vectors before and after their norms, and values of as many elements as keys.
-        kept = self._tokens * self._size * 2 * down // split
+        # What norms of latent vectors keep, as those of hidden states do; values are of as many
+        # elements as keys.
+        normed = latent.query_rank + latent.rank
+        kept = self._tokens * normed * (2 * self._size + self._wide) // split
         return _Attention(model.hidden * down + up + output, 3 * attended, kept)
 
     def core_flops(self, layer: int) -> float:

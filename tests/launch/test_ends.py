@@ -23,7 +23,7 @@ def descendants(pid: int) -> set[int]:
     return found.union(*(descendants(child) for child in found)) if found else set()
 
 
-def wait_until(condition: object, timeout_s: float = 40.0) -> None:
+def wait_until(condition: object, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # pyrefly: ignore[not-callable]
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -239,6 +239,8 @@ def _serve_pool(address: str, workers: int) -> None:
 def _work(address: str, rank: int, port: int) -> None:
     import torch.distributed as dist
 
+    from support.processes import tensor_pickles
+
     connection = Client(address, "AF_UNIX")
     connection.send((rank, os.getpgrp()))
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
@@ -256,7 +258,7 @@ def _work(address: str, rank: int, port: int) -> None:
             call = getattr(importlib.import_module(module), name)
             prefixed = dist.PrefixStore(f"job{job}", store)
             result = call(job_rank, world_size, prefixed, **arguments)
-            connection.send_bytes(pickle.dumps((True, result)))
+            connection.send_bytes(tensor_pickles.dump((True, result)))
         except BaseException:
             connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
 

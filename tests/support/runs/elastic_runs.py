@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from holdfast.elastic.faults import Fault, ask_for
 from holdfast.trainer.config.loading import dump_toml
 from support.network.elastic_network import Network
 from support.processes.forked_command import ForkedCommand
@@ -95,6 +96,11 @@ class ElasticRun:
     def wait_for_members(self, count: int) -> None:
         """Until the newest generation has so many ranks."""
         self.wait_until(lambda: self.members() == count, f"{count} ranks take part")
+
+    def pace(self, seconds: float, rank: int = 0) -> None:
+        """Make each further step of a rank's first process take at least so long."""
+        slow = Fault("slow", rank, 0, seconds=seconds)
+        ask_for(self.root / "chaos.jsonl", slow)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.living()[rank]["pid"], number)

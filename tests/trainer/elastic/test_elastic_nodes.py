@@ -43,6 +43,8 @@ MODEL = {"layers": 2}
 PACE_S = 0.1
 GROWING_PACE_S = 0.4
 """A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
+SLOWEST_PACE_S = 2.0
+"""While a command starts that is not forked: it may take half a minute."""
 CUT_S = 10.0
 HANG_S = 2.0
 BUSY_S = 15.0
@@ -115,8 +117,10 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
         run.wait_for_members(members)
     told = (run.root.parent / f"{run.root.name}-joined-0.txt").read_text()
     assert "(rank 1) takes part; SIGTERM lets it hand over and leave" in told
+    run.pace(SLOWEST_PACE_S)
     unlike = start.join(run, launcher=("env", "ATEN_CPU_CAPABILITY=default"))
-    assert unlike.wait(60) == 2
+    assert unlike.wait(LONGEST_S) == 2
+    run.pace(GROWING_PACE_S)
     assert [event["rank"] for event in run.events("newcomer_refused")] == [3]
     run.wait_for_step(len(run.steps()) + 2)
     for members, node in zip((2, 1), nodes, strict=True):

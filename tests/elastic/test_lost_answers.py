@@ -97,12 +97,14 @@ class World:
         return False
 
     def together(self) -> bool:
-        live = {i for i, w in self.workers.items() if w.report.alive and not w.over}
-        found = {w.generation and w.generation.prefix for i, w in self.workers.items() if i in live}
-        if len(found) != 1 or not all(self.workers[i].tells for i in live):
+        """Whether all that live are in one generation of theirs. Asked after each event."""
+        live = [w for w in self.workers.values() if w.report.alive and not w.over]
+        generations = [w.generation for w in live if w.generation is not None and w.tells]
+        if not live or len(generations) < len(live) or len({g.number for g in generations}) > 1:
             return False
-        generation = self.workers[min(live)].generation
-        return generation is not None and generation.identities == live
+        if len({g.prefix for g in generations}) > 1:
+            return False
+        return generations[0].identities == {w.report.identity for w in live}
 
     # The calls of workers.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.launch.agent.restarts import RestartPolicy
 from support.runs.elastic_demo import Run, demonstration, is_running, parent_of, wait_for
 
 pytestmark = [pytest.mark.mp, pytest.mark.chaos]
@@ -55,6 +56,7 @@ def test_a_stopped_worker_is_killed_and_replaced(tmp_path: Path) -> None:
 
 def test_a_worker_that_holds_the_interpreter_is_killed_and_replaced(tmp_path: Path) -> None:
     with demonstration(tmp_path, 3) as run:
+        run.heartbeat_timeout_ms = 20_000  # it may lack a processor for longer than usual
         run.start_node("a", (0, 1, 2))
         first = run.reach(0, ["0", "1", "2"])
         run.fault("2", "hold-lock")
@@ -211,8 +213,11 @@ def test_what_a_worker_started_ends_with_it(tmp_path: Path) -> None:
 def test_faults_at_random_instants_leave_one_history_and_nothing_else(tmp_path: Path) -> None:
     """Kills and stops, single ranks and pairs, also during agreement and joining."""
     chance = random.Random(4)
+    patient = RestartPolicy(limit=1000, first_s=0.01, longest_s=0.01)
+    """Where processors are busy, many are hit before a step is committed."""
     with demonstration(tmp_path, 6) as run:
-        agents = [run.start_node("a", (0, 1, 2)), run.start_node("b", (3, 4, 5))]
+        nodes = {"a": (0, 1, 2), "b": (3, 4, 5)}
+        agents = [run.start_node(name, nodes[name], restarts=patient) for name in nodes]
         first = run.reach(0, [str(rank) for rank in range(6)])
         used: list[list[tuple[int, int]]] = []
         for _ in range(3):

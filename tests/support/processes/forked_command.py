@@ -18,12 +18,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+from support.network.namespaces import enter_network
 from support.processes.preloaded import COMMANDS, TRAINING
 
 _FORK = multiprocessing.get_context("forkserver")
@@ -31,11 +32,18 @@ _FORK.set_forkserver_preload(["support.runs.elastic_demo", *TRAINING, *COMMANDS]
 _STARTING = threading.Lock()
 _TESTS = str(Path(__file__).resolve().parents[2])
 _CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
     connection.connect({address!r})
     connection.send(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], dict(os.environ)]).encode())
-    sys.exit(int(connection.recv(16)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: connection.send(str(int(number)).encode()))
+    code = int(connection.recv(16))
+if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
 _MOST_ASKED = 1 << 17
 """Bytes of a client's arguments and environment."""
@@ -64,6 +72,7 @@ class ForkedCommand:
         folder: Path | None = None,
         errors: Path | None = None,
         script: Path | None = None,
+        network: str = "",
     ) -> None:
         """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`.
 
@@ -72,11 +81,12 @@ class ForkedCommand:
             before: `module:function`, which its process calls first.
             folder: the one in which it runs; None: that of the tests.
             errors: the file for its standard error, if that is another one.
+            network: the network namespace in which it runs.
         """
         self._output = output
         printed = (str(output), str(errors or output))
         command = ["" if script is None else str(script), *arguments]
-        where = str(folder or Path.cwd())
+        where = str(folder or Path.cwd()), network
         self._process = forked(_run, command, where, printed, dict(environment), before)
         self._process.start()
 
@@ -115,8 +125,14 @@ class ForkedCommand:
 
 
 @contextmanager
-def forked_for_shells(folder: Path) -> Iterator[Path]:
-    """A folder for PATH in which `holdfast` is forked as `ForkedCommand` is; it has no input."""
+def forked_for_shells(folder: Path, script: Path | None = None) -> Iterator[Path]:
+    """A folder for PATH in which `holdfast` is forked as `ForkedCommand` is; it has no input.
+
+    It ends as its process does, passes signals on to it, and takes it along when it is killed.
+
+    Args:
+        script: a program of Python that is run instead of `holdfast`.
+    """
     folder.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(folder / "socket"))
@@ -124,35 +140,51 @@ def forked_for_shells(folder: Path) -> Iterator[Path]:
         client = folder / "holdfast"
         client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
         client.chmod(0o755)
-        threading.Thread(target=_serve_shells, args=(listening,), daemon=True).start()
+        serve = threading.Thread(target=_serve_shells, args=(listening, script), daemon=True)
+        serve.start()
         try:
             yield folder
         finally:
             listening.shutdown(socket.SHUT_RDWR)
 
 
-def _serve_shells(listening: socket.socket) -> None:
+def _serve_shells(listening: socket.socket, script: Path | None) -> None:
     """Run what clients ask for, until no more can come."""
     while True:
         try:
             connection, _ = listening.accept()
         except OSError:
             return
-        threading.Thread(target=_serve_client, args=(connection,), daemon=True).start()
+        threading.Thread(target=_serve_client, args=(connection, script), daemon=True).start()
 
 
-def _serve_client(connection: socket.socket) -> None:
+def _serve_client(connection: socket.socket, script: Path | None) -> None:
     """Run one command, which prints to where its client does, and send its exit code."""
     with connection:
         pid, folder, arguments, environment = json.loads(connection.recv(_MOST_ASKED))
         output, errors = (Path(f"/proc/{pid}/fd/{number}") for number in (1, 2))
-        command = ForkedCommand(arguments, output, environment, folder=Path(folder), errors=errors)
-        connection.send(str(command.wait() % 256).encode())
+        where = {"folder": Path(folder), "errors": errors}
+        command = ForkedCommand(arguments, output, environment, **where, script=script)
+        heed = threading.Thread(target=_pass_signals, args=(connection, command.pid), daemon=True)
+        heed.start()
+        code = command.wait()
+        with suppress(OSError):  # its client may have been killed
+            connection.send(str(code).encode())
+        heed.join()
+
+
+def _pass_signals(connection: socket.socket, pid: int) -> None:
+    """Send a command the signals that its client gets, and kill it once its client is gone."""
+    with suppress(OSError):
+        while told := connection.recv(16):
+            os.kill(pid, int(told))
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _run(
     command: list[str],
-    folder: str,
+    where: tuple[str, str],
     printed: tuple[str, str],
     environment: dict[str, str],
     before: str,
@@ -160,11 +192,15 @@ def _run(
     from holdfast.launch.cli import main
 
     script, *arguments = command
+    folder, network = where
+    if network:
+        enter_network(network)
     if before:
         module, name = before.split(":")
         getattr(importlib.import_module(module), name)()
     for stream, file in enumerate(printed, start=1):
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        fresh = 0 if file.startswith("/proc/") else os.O_TRUNC  # a client's file may have others'
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | fresh, 0o644)
         os.dup2(descriptor, stream)
         os.close(descriptor)
     os.chdir(folder)

@@ -41,10 +41,17 @@ from holdfast.launch.processes import die_with
 from holdfast.parallel.comm import FlightRecord, Operation
 from holdfast.parallel.errors import HoldfastError, PeerLost
 from holdfast.parallel.links import new_secret
+from support.network.namespaces import enter_network
 from support.processes.forked_command import forked
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 """How long tests wait for what must come; none depends on how fast it does."""
+
+LOOK_S = 0.01
+"""How often a worker looks for the others in a step."""
+
+PACE_S = 0.02
+"""Between two steps: demonstrations are about what ends them."""
 
 HANG_S = 1.0
 """The patience of agents with workers that hang."""
@@ -127,7 +134,7 @@ class _Worker:
             deadline = time.monotonic() + self.demo.store_s
             while not store.check(keys):
                 self.note_wait(store, generation, since=deadline - self.demo.store_s)
-                if self.lost.wait(0.003):
+                if self.lost.wait(LOOK_S):
                     raise PeerLost("a member was lost")
                 if time.monotonic() > deadline:
                     raise PeerLost("a member is silent")
@@ -140,7 +147,7 @@ class _Worker:
                     n for n in wanted if n.kind == "leaving" and n.identity == self.spec.identity
                 ]
                 return bool(mine)
-            time.sleep(0.005)
+            time.sleep(PACE_S)
         return False
 
     def note_wait(self, store: Store, generation: Generation, since: float) -> None:
@@ -209,19 +216,11 @@ def run_machine(demo: Demo, nodes: list[dict[str, Any]]) -> None:
     sys.exit(run_nodes(settings, demo_main(demo), root / "state"))
 
 
-def enter_network(name: str) -> None:
-    """Move this process, and those that it starts, to a network namespace."""
-    if name:
-        descriptor = os.open(f"/var/run/netns/{name}", os.O_RDONLY)
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000):  # CLONE_NEWNET
-            raise OSError(ctypes.get_errno(), "setns")
-        os.close(descriptor)
-
-
 def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str, network: str) -> None:
     """One agent, as a process."""
     die_with(os.getppid())
-    enter_network(network)
+    if network:
+        enter_network(network)
     root = Path(demo.root)
     os.dup2(os.open(root / f"{settings['node']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", force=True)
@@ -232,7 +231,8 @@ def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str, network: st
 def run_lighthouse(host: str, port: int, network: str, key: bytes) -> None:
     """A Lighthouse, as a process."""
     die_with(os.getppid())
-    enter_network(network)
+    if network:
+        enter_network(network)
     _server = Lighthouse(host, key, port, heartbeat_timeout_ms=600)
     signal.pause()
 
@@ -255,7 +255,9 @@ class Run:
         self._host, self._network = hub
         self.demo = Demo(str(root), **demo)
         self.nodes: dict[str, BaseProcess] = {}
+        self._read: dict[int, tuple[int, list[dict[str, Any]]]] = {}
         self.min_ranks = 1
+        self.heartbeat_timeout_ms = 600
         self.secret = new_secret()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -294,7 +296,7 @@ class Run:
             "demo",
             self.world_size,
             self.min_ranks,
-            heartbeat_timeout_ms=600,
+            heartbeat_timeout_ms=self.heartbeat_timeout_ms,
             hang_timeout_s=HANG_S,
             secret=self.secret,
         )
@@ -312,9 +314,16 @@ class Run:
         }
 
     def records(self, rank: int, what: str = "") -> list[dict[str, Any]]:
+        """What a rank's workers wrote, of one kind or all. Tests ask fifty times a second."""
         path = self.root / f"{rank}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        read, found = self._read.setdefault(rank, (0, []))
+        if path.exists() and path.stat().st_size > read:
+            with path.open("rb") as file:
+                file.seek(read)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            found += map(json.loads, whole.splitlines())
+            self._read[rank] = read + len(whole), found
         return [record for record in found if not what or record["what"] == what]
 
     def pid(self, rank: int) -> int:

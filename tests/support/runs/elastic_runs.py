@@ -134,6 +134,29 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A command as Slurm would run it as a task, on a node of a network."""
+
+    net: Network
+    number: int
+
+    @property
+    def network(self) -> str:
+        """The network namespace of its node."""
+        return self.net.name(self.net.node(self.number))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What Slurm, and the script of a job, would set."""
+        number, tasks = str(self.number), str(self.net.size)
+        return {
+            **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": tasks},
+            **{"SLURM_PROCID": number, "SLURM_LOCALID": "0", "SLURM_NODEID": number},
+            **{"MASTER_ADDR": self.net.address(self.net.node(0)), "MASTER_PORT": "29400"},
+        }
+
+
 @dataclass
 class Starter:
     """Starts runs below one folder, and ends what is left of them."""
@@ -141,6 +164,8 @@ class Starter:
     folder: Path
     before: str = ""
     """`module:function`, which each command's process calls first."""
+    command: Sequence[str] = HOLDFAST
+    """What a launcher starts."""
     runs: list[ElasticRun] = field(default_factory=list)
     _others: list[Process] = field(default_factory=list)
 
@@ -160,31 +185,22 @@ class Starter:
         return path
 
     def start(
-        self, path: Path, name: str, *arguments: str, launcher: Sequence[str] = ()
+        self,
+        path: Path,
+        name: str,
+        *arguments: str,
+        launcher: Sequence[str] = (),
+        task: Task | None = None,
     ) -> ElasticRun:
         out = ("--out", str(self.folder / name))
-        process = self._start(name, ("train", str(path), *out, *arguments), launcher)
+        process = self._start(name, ("train", str(path), *out, *arguments), launcher, task)
         self.runs.append(ElasticRun(self.folder / name, process))
         return self.runs[-1]
 
-    @staticmethod
-    def as_task(net: Network, number: int) -> tuple[str, ...]:
-        """What runs a command as Slurm would run a task, on a node of a network."""
-        variables = {
-            **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(net.size)},
-            **{"SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_NODEID": str(number)},
-            **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29400"},
-        }
-        pairs = (f"{name}={value}" for name, value in variables.items())
-        return ("ip", "netns", "exec", net.name(net.node(number)), "env", *pairs)
-
-    def task(
-        self, path: Path, name: str, net: Network, number: int, inside: Sequence[str] = ()
-    ) -> Process:
+    def task(self, path: Path, name: str, task: Task, inside: Sequence[str] = ()) -> Process:
         """Another task of a run that `start` begins with task 0. Its command runs `inside`."""
-        task = (*self.as_task(net, number), *inside)
         arguments = ("train", str(path), "--out", str(self.folder / name))
-        self._others.append(self._start(f"{name}-task-{number}", arguments, task))
+        self._others.append(self._start(f"{name}-task-{task.number}", arguments, inside, task))
         return self._others[-1]
 
     def replay(self, run: ElasticRun) -> ElasticRun:
@@ -201,13 +217,24 @@ class Starter:
         self._others.append(self._start(name, arguments, launcher))
         return self._others[-1]
 
-    def _start(self, name: str, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Process:
+    def _start(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        launcher: Sequence[str] = (),
+        task: Task | None = None,
+    ) -> Process:
         path, environment = self.folder / f"{name}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
+        if task is not None:
+            environment.update(task.environment)
         if not launcher:
-            return ForkedCommand(arguments, path, environment, before=self.before)
-        with path.open("w") as output:
+            network = "" if task is None else task.network
+            return ForkedCommand(arguments, path, environment, before=self.before, network=network)
+        there = () if task is None else ("ip", "netns", "exec", task.network)
+        path.unlink(missing_ok=True)
+        with path.open("a") as output:  # a launcher's processes may open it again
             return subprocess.Popen(
-                [*launcher, *HOLDFAST, *arguments],
+                [*there, *launcher, *self.command, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from support.network.elastic_network import Network
 from support.processes.disks import Disk
-from support.runs.elastic_runs import HOLDFAST, ElasticRun, Process, Starter, fault
+from support.runs.elastic_runs import HOLDFAST, ElasticRun, Process, Starter, Task, fault
 from support.runs.storms import OF_A_NODE, OF_THE_DISK, Blow, Trial, timeline
 
 MARK = "HOLDFAST_TEST_STORM"
@@ -278,8 +278,8 @@ def start_storm(
         run, tasks = start.start(path, name, launcher=inside[0]), []
     else:
         others = range(1, trial.nodes)
-        tasks = [start.task(path, name, net, number, inside[number]) for number in others]
-        run = start.start(path, name, launcher=(*start.as_task(net, 0), *inside[0]))
+        tasks = [start.task(path, name, Task(net, number), inside[number]) for number in others]
+        run = start.start(path, name, launcher=inside[0], task=Task(net, 0))
     return Storm(trial, run, tasks, where, disk, net)
 
 

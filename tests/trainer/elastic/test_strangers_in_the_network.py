@@ -10,7 +10,7 @@ import pytest
 
 from support.network.elastic_network import Network, network
 from support.processes.stranger import listeners, obeyed_by
-from support.runs.elastic_runs import Starter, pace
+from support.runs.elastic_runs import Starter, Task, pace
 
 pytestmark = [pytest.mark.mp]
 
@@ -36,10 +36,14 @@ def _open_to_others(net: Network, node: str) -> list[str]:
 def test_a_stranger_on_another_machine_gets_nowhere(start: Starter) -> None:
     with network("ab") as net:
         path = start.write(
-            "strangers", train={"steps": 10_000}, parallel={"data": 2}, elastic=pace({}, 0.1)
+            "strangers",
+            train={"steps": 10_000, "global_batch": 2},
+            model={"layers": 2},
+            parallel={"data": 2},
+            elastic=pace({}, 0.1),
         )
-        other = start.task(path, "strangers", net, 1)
-        run = start.start(path, "strangers", launcher=start.as_task(net, 0))
+        other = start.task(path, "strangers", Task(net, 1))
+        run = start.start(path, "strangers", task=Task(net, 0))
         run.wait_for_step(3)
         addresses = [address for node in "ab" for address in _open_to_others(net, node)]
         assert len(addresses) >= 3  # two stores and the Lighthouse, all behind doors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,6 +32,8 @@ SCHEDULES = [
     ("zb-h1", 1),
     ("zb-v", 2),
 ]
+CASES = [(*schedule, count) for schedule in SCHEDULES for count in (3, 8)]
+"""Schedules, chunks per rank, and micro-batches."""
 
 
 class AffineChunk:
@@ -73,12 +77,23 @@ def complete_programs(schedule: str, ranks: int, virtual: int, count: int) -> di
     return dict(with_messages(programs, lambda chunk, micro_batch: where[chunk]))
 
 
-def run_chain(
-    rank: int, world_size: int, store: Any, *, schedule: str, virtual: int, count: int, steps: int
-) -> dict[int, Any]:
+def run_chains(rank: int, world_size: int, store: Any, *, steps: int) -> list[dict[int, Any]]:
+    """What each chunk of this rank has seen, of each of `CASES`."""
     comm = GlooCommunicator(
         store, "w", range(world_size), rank, device=gloo_device("127.0.0.1"), timeout_s=30
     )
+    return [run_chain(comm, rank, world_size, *case, steps) for case in CASES]
+
+
+def run_chain(
+    comm: GlooCommunicator,
+    rank: int,
+    world_size: int,
+    schedule: str,
+    virtual: int,
+    count: int,
+    steps: int,
+) -> dict[int, Any]:
     programs = complete_programs(schedule, world_size, virtual, count)
     where = placement(schedule, world_size, virtual)
     total = world_size * virtual
@@ -94,16 +109,20 @@ def run_chain(
     return {c: (k.outputs, k.gradients, sorted(k.weights)) for c, k in chunks.items()}
 
 
+@pytest.fixture(scope="module")
+def results_of(cluster: Cluster) -> Callable[[int], list[list[dict[int, Any]]]]:
+    """Runs all cases on so many ranks, once: by rank, what it has of each case."""
+    return cache(lambda ranks: cluster.run("test_pipeline:run_chains", ranks, steps=2))
+
+
 @pytest.mark.mp
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
-@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_micro_batch_passes_every_chunk(
-    cluster: Cluster, schedule: str, virtual: int, ranks: int, count: int
+    results_of: Callable[[int], list[list[dict[int, Any]]]], case: tuple[str, int, int], ranks: int
 ) -> None:
-    results = cluster.run(
-        "test_pipeline:run_chain", ranks, schedule=schedule, virtual=virtual, count=count, steps=2
-    )
+    _, virtual, count = case
+    results = [of_rank[CASES.index(case)] for of_rank in results_of(ranks)]
     seen = {chunk: values for result in results for chunk, values in result.items()}
     total = ranks * virtual
     assert sorted(seen) == list(range(total))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from support.processes.forked_command import ForkedCommand
+
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks" / "gpu"
 pytestmark = [
@@ -28,23 +30,30 @@ def program() -> dict[str, Any]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_it_would_run(program: dict[str, Any]) -> None:
-    command = ["make", "-s", "gpu", f"GPU_PYTHON={sys.executable}"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_without_a_gpu_it_says_what_it_would_run(
+    program: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program["main"]([]) == 0
+    told = capsys.readouterr().out
     assert "sees no CUDA device" in told.splitlines()[0]
     assert [f"  {p.name:<14} {p.what}" for p in program["PIECES"]] == [
         line.partition(" (at most")[0] for line in told.splitlines()[1:]
     ]
 
 
+def test_make_gpu_runs_it() -> None:
+    command = ["make", "-n", "gpu", "GPU_PYTHON=python-of-gpus"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == [f"python-of-gpus {HERE.relative_to(ROOT)}"]
+
+
 def test_every_piece_runs_on_a_cpu(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    command = [sys.executable, str(HERE), "--device", "cpu", "--tiny", "--together"]
+    out, printed = tmp_path / "gpu.json", tmp_path / "printed.txt"
+    arguments = ["--device", "cpu", "--tiny", "--together", "--json", str(out)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, "--json", str(out)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    program = HERE / "__main__.py"
+    done = ForkedCommand(arguments, printed, environment, folder=ROOT, script=program)
+    assert done.wait() == 0, done.printed()
     pieces = {piece["name"]: piece for piece in json.loads(out.read_text())["pieces"]}
     assert pieces.pop("tests")["reason"] == "they need a CUDA device"
     assert {piece["status"] for piece in pieces.values()} == {"ran"}

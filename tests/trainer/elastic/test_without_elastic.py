@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,11 @@ straggler_every = 2
 tensorboard = false
 """
 MAIN = """
-import os, sys
+import json, os, sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-tree = sys.argv.pop(1)
+tree, commands = sys.argv[1], json.loads(sys.argv[2])
 if tree != "installed":
     # No finder of an installation by its name; `holdfast` is the tree alone.
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
@@ -57,27 +58,46 @@ def run_and_tell(config, world, run, **named):
 worker.run_worker = run_and_tell
 from holdfast.launch.cli import main
 
-try:
-    main()
-finally:
-    Path("modules-main").write_text("\\n".join(sys.modules))
+codes = []
+for number, arguments in enumerate(commands):
+    errors = os.open(f"errors-{number}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(errors, 2)
+    os.close(errors)
+    sys.argv = ["holdfast", *arguments]
+    try:
+        codes.append(main())
+    except SystemExit as end:
+        codes.append(end.code or 0)
+Path("modules-main").write_text("\\n".join(sys.modules))
+Path("codes").write_text(json.dumps(codes))
 """
 TAKEN_OFF = ("holdfast.elastic", "holdfast.trainer.elastic")
+TRAIN = ["train", "run.toml", "--out", "run"]
+WORKS = (TRAIN, ["--help"], ["plan", "run.toml", "--lost", "1"], ["verify", "run"])
+LACKS = {
+    "elastic.enabled = true": ["train", "run.toml", "--set", "elastic.enabled=true"],
+    "holdfast replay": ["replay", "runs/run-1"],
+    "holdfast join": ["join", "runs/run-1"],
+}
+"""By what is refused: the command."""
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a configuration, and with a program that runs the command."""
-    (tmp_path / "run.toml").write_text(CONFIG)
-    (tmp_path / "command.py").write_text(MAIN)
-    return tmp_path
+@dataclass(frozen=True)
+class Done:
+    """Commands that one process has run in a folder of its own."""
+
+    folder: Path
+    codes: list[int]
+
+    def told(self, number: int) -> str:
+        """What a command has written to its standard error."""
+        return (self.folder / f"errors-{number}.txt").read_text()
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def package_without(folder: Path) -> Path:
     """The package as links to its source, without the two folders."""
     source = Path(trainer.__file__ or "").parent.parent
-    package = tmp_path / "tree" / "holdfast"
+    package = folder / "tree" / "holdfast"
     (package / "trainer").mkdir(parents=True)
     (package / "__init__.py").touch()
     for name in ("parallel", "checkpoint", "launch"):
@@ -87,20 +107,33 @@ def tree(tmp_path: Path) -> Path:
             (package / "trainer" / path.name).symlink_to(path)
     compiled = Path(_native.__file__ or "")
     (package / compiled.name).symlink_to(compiled)
-    return tmp_path / "tree"
+    return folder / "tree"
 
 
-def holdfast(folder: Path, tree: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def holdfast(folder: Path, tree: str, *commands: list[str]) -> Done:
+    """Run commands one after the other in a fresh process."""
+    (folder / "run.toml").write_text(CONFIG)
+    (folder / "command.py").write_text(MAIN)
     foreign = ("SLURM_", "OMPI_", "PMI_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-    return subprocess.run(
-        [sys.executable, "command.py", tree, *arguments],
+    done = subprocess.run(
+        [sys.executable, "command.py", tree, json.dumps(commands)],
         cwd=folder,
         env={**clean, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
     )
+    told = "".join(path.read_text() for path in sorted(folder.glob("errors-*.txt")))
+    assert (folder / "codes").exists(), done.stderr + told
+    return Done(folder, json.loads((folder / "codes").read_text()))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """What works without the two folders, and then what is refused."""
+    folder = tmp_path_factory.mktemp("bare")
+    return holdfast(folder, str(package_without(folder)), *WORKS, *LACKS.values())
 
 
 def bits(run: Path) -> list[tuple[str, str]]:
@@ -122,36 +155,23 @@ def imported(path: Path) -> list[str]:
 
 @pytest.mark.mp
 def test_a_run_without_elastic_imports_nothing_of_it_and_needs_nothing_of_it(
-    folder: Path, tree: Path
+    bare: Done, tmp_path: Path
 ) -> None:
-    whole = holdfast(folder, "installed", "train", "run.toml", "--out", "whole")
-    assert whole.returncode == 0, whole.stderr
-    for process in ("modules-main", "whole/modules-0", "whole/modules-1"):
-        assert imported(folder / process) == []
-    bare = holdfast(folder, str(tree), "train", "run.toml", "--out", "bare")
-    assert bare.returncode == 0, bare.stderr
-    assert len(bits(folder / "whole")) == 4
-    assert bits(folder / "bare") == bits(folder / "whole")
-    assert digest(folder / "bare") == digest(folder / "whole")
-    for arguments in (["--help"], ["plan", "run.toml", "--lost", "1"], ["verify", "bare"]):
-        asked = holdfast(folder, str(tree), *arguments)
-        assert asked.returncode == 0, asked.stderr
+    whole = holdfast(tmp_path, "installed", TRAIN)
+    assert whole.codes == [0], whole.told(0)
+    for process in ("modules-main", "run/modules-0", "run/modules-1"):
+        assert imported(whole.folder / process) == []
+    for number, arguments in enumerate(WORKS):
+        assert bare.codes[number] == 0, (arguments, bare.told(number))
+    assert len(bits(whole.folder / "run")) == 4
+    assert bits(bare.folder / "run") == bits(whole.folder / "run")
+    assert digest(bare.folder / "run") == digest(whole.folder / "run")
 
 
 @pytest.mark.mp
-@pytest.mark.parametrize(
-    ("arguments", "what"),
-    [
-        (["train", "run.toml", "--set", "elastic.enabled=true"], "elastic.enabled = true"),
-        (["replay", "runs/run-1"], "holdfast replay"),
-        (["join", "runs/run-1"], "holdfast join"),
-    ],
-    ids=["train", "replay", "join"],
-)
-def test_what_elastic_lacks_is_said_in_one_line(
-    folder: Path, tree: Path, arguments: list[str], what: str
-) -> None:
-    refused = holdfast(folder, str(tree), *arguments)
-    assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
+@pytest.mark.parametrize("what", LACKS)
+def test_what_elastic_lacks_is_said_in_one_line(bare: Done, what: str) -> None:
+    number = len(WORKS) + list(LACKS).index(what)
+    assert bare.codes[number] == 2
+    (line,) = bare.told(number).splitlines()
     assert line.startswith(f"holdfast: {what}: this installation has no holdfast.elastic and no ")

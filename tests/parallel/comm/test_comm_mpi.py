@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from support.processes.forked_command import forked_for_shells
+
 SUPPORT = Path(__file__).parents[2] / "support"
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -26,12 +28,13 @@ pytestmark = [
 def _run(job: str, ranks: int, folder: Path) -> list[Any]:
     """The results of a job of mpi_jobs.py by rank; None for a rank that left none."""
     script = SUPPORT / "processes" / "mpi_jobs.py"
-    command = [
-        *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm"),
-        *("-n", str(ranks), sys.executable, str(script), job, str(folder)),
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    with forked_for_shells(folder / "bin", script) as forked:
+        command = [
+            *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm"),
+            *("-n", str(ranks), str(forked / "holdfast"), job, str(folder)),
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     paths = [folder / f"{rank}.json" for rank in range(ranks)]
     results = [json.loads(path.read_text()) if path.exists() else None for path in paths]
     assert done.returncode == 0, done.stderr[-3000:]

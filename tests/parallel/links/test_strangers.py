@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,9 +19,11 @@ from holdfast.parallel.links import (
     private_server,
 )
 from holdfast.parallel.links.link import MOST_BYTES, Sealer
+from support.processes.forked_command import ForkedCommand
 from support.processes.stranger import listeners_of, obeyed_by
 from support.runs.commands import CONFIG, HOLDFAST, environment, lines_of
 from support.runs.elastic_demo import wait_for
+from support.runs.elastic_runs import Process
 
 KEY = derived_key("a secret of this test", "store")
 STEPS = 60
@@ -102,16 +103,15 @@ assert 1 <= len(told) < 12, told
 
 
 @pytest.mark.mp
-def test_a_door_without_descriptors_says_so_each_second_and_serves_once_it_has_some() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DESCRIPTORS],
-        env=environment(TORCH_CPP_LOG_LEVEL="ERROR"),  # as the command sets it
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr == ""
+def test_a_door_without_descriptors_says_so_each_second_and_serves_once_it_has_some(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "program.py").write_text(WITHOUT_DESCRIPTORS)
+    output, errors = tmp_path / "printed.txt", tmp_path / "errors.txt"
+    program = {"script": tmp_path / "program.py", "errors": errors}
+    done = ForkedCommand([], output, environment(TORCH_CPP_LOG_LEVEL="ERROR"), **program)
+    assert done.wait(60) == 0, errors.read_text()[-2000:]
+    assert errors.read_text() == ""
 
 
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
@@ -145,14 +145,18 @@ def without_rights() -> list[str]:
 
 
 @contextmanager
-def training(
-    folder: Path, steps: int, more: str, before: Sequence[str] = ()
-) -> Iterator[subprocess.Popen[bytes]]:
+def training(folder: Path, steps: int, more: str, before: Sequence[str] = ()) -> Iterator[Process]:
     """A run that has begun its steps."""
     layout = CONFIG.replace("steps = 6", f"steps = {steps}").replace("pipeline = 2", "pipeline = 1")
+    layout = layout.replace("global_batch = 8", "global_batch = 2")
     (folder / "run.toml").write_text(layout + more)
-    command = [*before, *HOLDFAST, "train", "run.toml", "--out", "run"]
-    run = subprocess.Popen(command, cwd=folder, env=environment())
+    arguments = ["train", "run.toml", "--out", "run"]
+    run: Process
+    if before:
+        command = [*before, *HOLDFAST, *arguments]
+        run = subprocess.Popen(command, cwd=folder, env=environment(), text=True)
+    else:
+        run = ForkedCommand(arguments, folder / "run.txt", environment(), folder=folder)
     try:
         metrics = folder / "run/metrics.jsonl"
         wait_for(lambda: metrics.exists() and len(lines_of(metrics)) > 2, "the first steps")
@@ -183,7 +187,7 @@ def test_a_run_without_rights_listens_on_the_loopback_alone_and_obeys_no_other_p
 
 @pytest.mark.mp
 def test_a_run_without_agents_listens_on_the_loopback_alone(tmp_path: Path) -> None:
-    with training(tmp_path, 1000, "") as run:
+    with training(tmp_path, 100_000, "") as run:
         found = listeners_of(run.pid)
         assert len(found) >= 2
         assert {host for host, _ in found} == {"127.0.0.1"}

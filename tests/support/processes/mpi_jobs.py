@@ -167,6 +167,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # MPI_Finalize may wait for the dead; see parallel/comm/mpi.py
+    importlib.import_module("mpi4py.MPI").Finalize()  # forked processes end without
     gc.freeze()  # a last collection of what torch has made takes half a second
 
 

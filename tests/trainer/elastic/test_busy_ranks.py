@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.mp]
 
 HANG_S = 1.0
 MODEL = {"layers": 2}
+TRAIN = {"steps": 12, "global_batch": 3}
 SLOW_S = 3.5
 LONG_S = 5.0
 """Longer than ranks of which nothing is heard are waited for."""
@@ -107,11 +108,11 @@ def test_no_rank_is_lost_to_slow_saves_loads_evaluations_and_steps(
     sections: dict[str, Any] = {
         "parallel": {"data": 2},
         "checkpoint": {"every": 4},
-        "train": {"steps": 12, "eval_every": 6, "eval_batches": 1},
+        "train": {**TRAIN, "eval_every": 6, "eval_batches": 1},
         "model": MODEL,
     }
     elastic = {"hang_timeout_s": HANG_S}
-    expected = bits_of(run_training(cluster, make_config(train={"steps": 12}, model=MODEL)))
+    expected = bits_of(run_training(cluster, make_config(train=TRAIN, model=MODEL)))
     try:
         stop = {"train": {**sections["train"], "stop_after": 8}}
         first = start(name="run", **sections | stop, elastic=elastic)
@@ -135,7 +136,7 @@ def test_no_rank_is_lost_because_it_works_while_others_die_and_join(tmp_path: Pa
     try:
         run = start(
             parallel={"data": 3},
-            train={"steps": 40},
+            train={**TRAIN, "steps": 40},
             model=MODEL,
             elastic=pace(elastic, 0.15),
         )
@@ -150,7 +151,8 @@ def test_a_rank_that_computes_for_ever_is_found_and_its_step_is_named(tmp_path: 
     start = Starter(tmp_path, before="test_busy_ranks:endless_step")
     try:
         run = start(
-            train={"steps": 10},
+            train={**TRAIN, "steps": 10},
+            model=MODEL,
             parallel={"data": 2},
             elastic={"hang_timeout_s": HANG_S, "startup_grace_s": 5.0, "respawn": False},
         )

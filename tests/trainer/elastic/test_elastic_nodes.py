@@ -133,6 +133,7 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
         node.send_signal(signal.SIGTERM)
         run.wait_for_members(members)
         assert node.wait(LONGEST_S) == 0
+    run.pace(0.0)
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     assert [event["rank"] for event in run.events("rank_joined")] == [1, 2]

@@ -32,7 +32,7 @@ FIRST = int(os.environ.get("HOLDFAST_STORM_FIRST", "0"))
 LOAD = int(os.environ.get("HOLDFAST_STORM_LOAD", "10"))
 TRAIN = {1: {"steps": 80}, 2: {"steps": 40, "global_batch": 4}}
 """By tensor-parallel degree: a step of two ranks has many messages, each slow on a busy machine."""
-SHORT_TRAIN = {"steps": 20}
+SHORT_TRAIN = {"steps": 20, "global_batch": 4}
 DISK_MIB = 64
 BUSY_S = 1200.0
 """The longest that a trial keeps the machine busy."""

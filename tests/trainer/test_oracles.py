@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,10 @@ def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def fifty_steps(**sections: dict[str, Any]) -> RunConfig:
+def fifty_steps(micro_batch: int = 4, **sections: dict[str, Any]) -> RunConfig:
     return make_config(
         model={"dropout": 0.0, "layers": 2},
-        train={"steps": 50, "global_batch": 8, "micro_batch": 2},
+        train={"steps": 50, "global_batch": 8, "micro_batch": micro_batch},
         optimizer={"lr": 3e-3, "warmup_steps": 5},
         **sections,
     )
@@ -128,7 +129,7 @@ def plain_records(
     skips: Callable[[list[StepRecord]], bool] = lambda records: False,
     sizes: list[int] | None = None,
 ) -> list[StepRecord]:
-    config = fifty_steps()
+    config = fifty_steps(micro_batch=2)
     model = config.model
     plain = PlainLlama(
         Shape(
@@ -154,19 +155,23 @@ def plain_records(
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("reduction", "layout"),
+    ("reduction", "layout", "micro_batch"),
     [
-        ("exact", {}),
-        ("exact", {"data": 2, "pipeline": 2, "schedule": "zb-h1"}),
-        ("fast", {}),
-        ("fast", {"tensor": 2}),
+        # One process has the bits of this one: tests/trainer/test_same_bits.py.
+        ("exact", {"data": 2, "pipeline": 2, "schedule": "zb-h1"}, 2),
+        ("fast", {}, 4),
+        ("fast", {"tensor": 2}, 8),
     ],
     ids=str,
 )
 def test_fifty_steps_equal_a_plain_loop(
-    cluster: Cluster, plain_loop: list[StepRecord], layout: dict[str, Any], reduction: str
+    cluster: Cluster,
+    plain_loop: list[StepRecord],
+    layout: dict[str, Any],
+    reduction: str,
+    micro_batch: int,
 ) -> None:
-    config = fifty_steps(numerics={"reduction": reduction}, parallel=layout)
+    config = fifty_steps(micro_batch, numerics={"reduction": reduction}, parallel=layout)
     ours = run_training(cluster, config)
     for record, loss, norm in zip(plain_loop, ours["losses"], ours["norms"], strict=True):
         assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
@@ -192,7 +197,7 @@ def test_fifty_steps_without_spikes_equal_a_plain_loop_with_olmo_s_rule(cluster:
 
     plain = plain_records(skips)
     guard = {"spike_window": 8, "spike_sigmas": 1.25}
-    ours = run_training(cluster, fifty_steps(numerics=guard, parallel={"data": 2}))
+    ours = run_training(cluster, fifty_steps(numerics=guard))
     assert 3 < len(skipped) < 25
     for record, loss, norm in zip(plain, ours["losses"], ours["norms"], strict=True):
         assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
@@ -217,7 +222,7 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
 @pytest.mark.slow
 def test_fifty_steps_of_a_growing_batch_equal_a_plain_loop(cluster: Cluster) -> None:
     plain = plain_records(sizes=[4] * 20 + [8] * 30)
-    config = fifty_steps(parallel={"data": 2})
+    config = fifty_steps()
     ramp = [BatchStage(until=20, global_batch=4)]
     train = msgspec.structs.replace(config.train, batch_ramp=ramp)
     grown = msgspec.structs.replace(config, train=train)
@@ -286,25 +291,30 @@ def test_the_loss_of_a_validation_set_is_that_of_a_plain_loop_over_its_windows(
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_text_run_learns_more_than_a_bigram_model(cluster: Cluster) -> None:
+def test_text_run_learns_more_than_a_bigram_model(cluster: Cluster, tmp_path: Path) -> None:
+    """The text is of few words: these are soon learnt, and bytes by their last one never."""
+    words = "and did he who made the lamb make thee in what distant deeps or skies burnt fire"
+    chance = random.Random(1)
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(chance.choice(words.split()) for _ in range(10000)))
     config = make_config(
         model={
             "layers": 1,
-            "hidden": 128,
-            "intermediate": 344,
+            "hidden": 64,
+            "intermediate": 172,
             "heads": 4,
             "vocab": 257,
             "dropout": 0.0,
         },
-        data={"kind": "text"},
+        data={"kind": "text", "path": [str(path)]},
         train={
-            "steps": 170,
+            "steps": 60,
             "seq_len": 32,
             "global_batch": 32,
             "micro_batch": 16,
             "eval_batches": 16,
         },
-        optimizer={"lr": 6e-3, "min_lr": 3e-4, "warmup_steps": 10, "block_elements": 65536},
+        optimizer={"lr": 1e-2, "min_lr": 3e-4, "warmup_steps": 10, "block_elements": 65536},
         parallel={"data": 2},
     )
     held_out = cluster.run(

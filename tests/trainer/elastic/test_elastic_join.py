@@ -12,9 +12,9 @@ from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
 
-TRAIN = {"steps": 20, "global_batch": 6}
+TRAIN = {"steps": 11, "global_batch": 4}
 MODEL = {"layers": 2}
-PACE_S = 0.2
+PACE_S = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
         model=MODEL,
         parallel={"data": 3},
         checkpoint={"every": 4},
-        elastic=pace({"verify_every": 1, "chaos": [fault("kill", 2, 3, "reduce")]}, PACE_S),
+        elastic=pace({"verify_every": 1, "chaos": [fault("kill", 2, 2, "reduce")]}, PACE_S),
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
@@ -63,7 +63,7 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
 def test_whoever_dies_while_a_newcomer_is_given_its_state_changes_no_bit(
     start: Starter, expected: dict[str, Any], victim: dict[str, Any]
 ) -> None:
-    faults = [fault("kill", 2, 3, "reduce"), victim]
+    faults = [fault("kill", 2, 2, "reduce"), victim]
     elastic = pace(pace({"local_nodes": 3, "chaos": faults}, PACE_S, rank=1), PACE_S)
     run = start(train=TRAIN, model=MODEL, parallel={"data": 3}, elastic=elastic)
     assert run.finish() == 0, run.output()

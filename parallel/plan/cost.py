@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.parallel.plan.buffers import PACKED_BYTES, buffer_bytes
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.plan.programs import compute_program, training_program
+from holdfast.parallel.plan.programs import own_program, training_program
 from holdfast.parallel.plan.sharding import (
     KEPT_KINDS,
     KeptKind,
@@ -206,7 +206,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
         chunk: share * plan.activation_bytes(plan.chunk_layers[chunk])
         for chunk in plan.chunks_of(rank)
     }
-    return int(peak_in_flight(compute_program(plan, rank), size=chunk_bytes.__getitem__))
+    return int(peak_in_flight(own_program(plan, rank), size=chunk_bytes.__getitem__))
 
 
 def between_stretches_bytes(plan: Plan, rank: int) -> int:
@@ -221,7 +221,7 @@ def between_stretches_bytes(plan: Plan, rank: int) -> int:
         chunk: share * sum(plan.layers[layer].keys_bytes for layer in plan.layers_of(chunk))
         for chunk in plan.chunks_of(rank)
     }
-    firsts = tuple(action for action in compute_program(plan, rank) if action.stretch == 0)
+    firsts = tuple(action for action in own_program(plan, rank) if action.stretch == 0)
     return int(peak_in_flight(firsts, until="input", size=chunk_bytes.__getitem__))
 
 

@@ -49,6 +49,17 @@ def compute_program(plan: Plan, rank: int, only: frozenset[int] | None = None) -
     return _compute_program(plan, "train", rank, compute_programs, only)
 
 
+def own_program(plan: Plan, rank: int) -> Program:
+    """The program of a rank in a training step, without its messages, for what does not ask which
+    micro-batches these are: a replica's own may be numbered from 0.
+    """
+    at = plan.stage_replicas.find(rank)
+    if at is None or not plan.is_regular:
+        return compute_program(plan, rank)
+    count = len(plan.micro_batches[at.data])
+    return _regular_programs(plan, "train", compute_programs, count)[at.pipeline]
+
+
 def evaluation_program(plan: Plan, rank: int) -> Program:
     """The program of a rank that evaluates one global batch: forwards only."""
     return _with_messages(plan, rank, _compute_program(plan, "forward", rank, forward_only))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 
 from holdfast.parallel.layout import StageReplicas
@@ -46,40 +47,76 @@ def assign_shadows(
         previous: the earlier shadows of each block; only those in `with_state` still have a copy.
     """
     found: list[tuple[int, ...]] = []
-    ranked: dict[int, list[tuple[int, int]]] = {}
+    candidates: dict[int, _Candidates] = {}
     for block, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
         before = previous[block] if previous is not None else ()
         kept = [r for r in before if r in with_state and node_of[r] != node_of[owner]][:redundancy]
         if len(kept) < redundancy:
-            if owner not in ranked:
-                ranked[owner] = _places(owner, stage_replicas, node_of)
-            good = _acceptable(ranked[owner], redundancy)
+            if owner not in candidates:
+                ranked = _places(owner, stage_replicas, node_of)
+                candidates[owner] = _Candidates(ranked, redundancy, load, node_of)
+            good = candidates[owner].acceptable
             kept = [r for r in before if r in with_state and r in good][:redundancy]
         for rank in kept:
             load[rank] = load.get(rank, 0) + size
         while len(kept) < redundancy:
-            nodes = {node_of[rank] for rank in kept}
-            choice = min(
-                (
-                    (penalty, node_of[rank] in nodes, load.get(rank, 0), order, rank)
-                    for order, (penalty, rank) in enumerate(ranked[owner])
-                    if rank not in kept
-                ),
-                default=None,
-            )
-            if choice is None:
+            rank = candidates[owner].best(kept)
+            if rank is None:
                 break
-            rank = choice[-1]
             kept.append(rank)
             load[rank] = load.get(rank, 0) + size
         found.append(tuple(kept))
     return tuple(found)
 
 
-def _acceptable(places: Sequence[tuple[int, int]], redundancy: int) -> set[int]:
-    """The ranks on other nodes; all ranks if these are too few."""
-    elsewhere = {rank for penalty, rank in places if penalty < _SAME_NODE}
-    return elsewhere if len(elsewhere) >= redundancy else {rank for _, rank in places}
+class _Candidates:
+    """The ranks that may shadow one owner's blocks, the best first while loads grow."""
+
+    def __init__(
+        self,
+        ranked: Sequence[tuple[int, int]],
+        redundancy: int,
+        loads: Mapping[int, int],
+        node_of: Mapping[int, str],
+    ) -> None:
+        """Loads are read, and may grow between calls.
+
+        Args:
+            ranked: (penalty, rank), as of `_places`.
+        """
+        self._loads, self._node_of = loads, node_of
+        elsewhere = {rank for penalty, rank in ranked if penalty < _SAME_NODE}
+        enough = len(elsewhere) >= redundancy
+        self.acceptable = elsewhere if enough else {rank for _, rank in ranked}
+        """The ranks on other nodes; all ranks if these are too few."""
+        self._heap = [
+            (penalty, loads.get(rank, 0), order, rank)
+            for order, (penalty, rank) in enumerate(ranked)
+        ]
+        heapify(self._heap)
+
+    def best(self, kept: Sequence[int]) -> int | None:
+        """The rank with the least penalty, best on another node than those that are kept, and with
+        the least load; None: all are kept.
+        """
+        nodes = {self._node_of[rank] for rank in kept}
+        passed: list[tuple[int, int, int, int]] = []
+        found: tuple[int, int, int, int] | None = None
+        while self._heap and (found is None or self._heap[0][0] == found[0]):
+            place = penalty, load, order, rank = self._heap[0]
+            now = self._loads.get(rank, 0)
+            if load != now:
+                heapreplace(self._heap, (penalty, now, order, rank))
+                continue
+            if rank not in kept:
+                if self._node_of[rank] not in nodes:
+                    found = place
+                    break
+                found = found or place
+            passed.append(heappop(self._heap))
+        for place in passed:
+            heappush(self._heap, place)
+        return None if found is None else found[-1]
 
 
 _SAME_NODE = 8

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from holdfast.checkpoint import Checkpointer, load
 from holdfast.checkpoint.format.names import PARTIAL
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.verify import verify_checkpoint
+from support.processes.forked_command import ForkedCommand
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -25,23 +24,17 @@ SUPPORT = Path(__file__).parents[1] / "support"
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_kills_at_random_instants_lose_no_committed_checkpoint(tmp_path: Path) -> None:
-    rounds = 25 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 400
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(SUPPORT / "processes" / "crash_rounds.py"),
-            str(tmp_path / "c"),
-            str(rounds),
-            "7",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    rounds = 16 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 400
+    errors = tmp_path / "errors"
+    done = ForkedCommand(
+        [str(tmp_path / "c"), str(rounds), "7"],
+        tmp_path / "output",
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+        errors=errors,
+        script=SUPPORT / "processes" / "crash_rounds.py",
     )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    assert done.wait(1500) == 0, errors.read_text()
+    seen = json.loads(done.printed())
     assert seen["reached"] > rounds // 4, seen
     assert seen["torn"] > 0, "no kill fell into a save; the test shows nothing"
 

@@ -90,7 +90,10 @@ def _run(
     cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: float, times: int = 99
 ) -> None:
     config = make_config(
-        train={"steps": STEPS}, parallel={"data": 2, "pipeline": 2}, checkpoint=checkpoint
+        model={"layers": 2},
+        train={"steps": STEPS, "global_batch": 4},
+        parallel={"data": 2, "pipeline": 2},
+        checkpoint=checkpoint,
     )
     cluster.run(
         f"{__name__}:train_with_a_slow_rank",
@@ -142,7 +145,7 @@ def test_a_save_that_is_due_too_soon_is_left_out_or_waited_for(
 
 @pytest.mark.mp
 def test_a_checkpoint_after_so_many_seconds(cluster: Cluster, tmp_path: Path) -> None:
-    _run(cluster, tmp_path, {"every_seconds": 0.05}, 0.0)
+    _run(cluster, tmp_path, {"every_seconds": 0.001}, 0.0)
     assert len(events_of(tmp_path, "checkpoint_committed")) > 1
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,15 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def _round(folder: Path, delay_s: float) -> None:
-    """Kill both processes `delay_s` after they have begun to write."""
+def _round(folder: Path, part: float, save_s: float, *, after_commit: bool) -> float:
+    """Kill both processes within the first save, or once one is committed within the next.
+
+    Args:
+        part: of the time of a save, after which they are killed.
+        save_s: that time, so far as it is known.
+    Returns:
+        The time of a save, as long as it takes now.
+    """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()
@@ -65,22 +73,31 @@ def _round(folder: Path, delay_s: float) -> None:
             listening.close()
         _save_for_ever(folder, rank, port, listening.detach() if rank == 0 else -1)
     listening.close()
-    before, give_up = _names(folder), time.monotonic() + 60
-    while _names(folder) == before and time.monotonic() < give_up:
-        time.sleep(0.001)
-    time.sleep(delay_s)
+    before = _names(folder)
+    _wait_for(lambda: _names(folder) != before)
+    if after_commit:
+        began = time.monotonic()
+        _wait_for(lambda: any(step_of(name) is not None for name in _names(folder) - before))
+        save_s = time.monotonic() - began
+    time.sleep(part * save_s)
     os.killpg(leader, signal.SIGKILL)
     os.waitpid(leader, 0)
+    return save_s
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.001)
 
 
 def main() -> None:
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
     chance = random.Random(int(sys.argv[3]))
-    reached, torn, newest, longest_s = 0, 0, 0, 0.25
-    for _ in range(rounds):
-        _round(folder, chance.uniform(0.0, longest_s))
-        # So that about half of all rounds save one, however fast this machine is just now.
-        longest_s *= 1.3
+    reached, torn, newest, save_s = 0, 0, 0, 0.1
+    for number in range(rounds):
+        # So that half of all rounds save one, however fast this machine is just now.
+        save_s = _round(folder, chance.random(), save_s, after_commit=number % 2 == 1)
         if not folder.exists():
             continue
         torn += any(path.name.endswith(PARTIAL) for path in folder.iterdir())
@@ -97,7 +114,7 @@ def main() -> None:
             wanted = _state(step_of(path.name) or 0)
             assert all(torch.equal(state[name], wanted[name]) for name in wanted), path
         if step > newest:
-            reached, newest, longest_s = reached + 1, step, longest_s / 1.3**2
+            reached, newest = reached + 1, step
     print(json.dumps({"reached": reached, "torn": torn, "newest": newest}))
 
 

@@ -41,10 +41,17 @@ def of(**sections: Any) -> RunConfig:
     return twenty_steps(optimizer=own, **sections)
 
 
+def few_steps(stop_after: int = 0, **sections: Any) -> RunConfig:
+    """A run that is long enough for bits to differ."""
+    config = of(**sections)
+    train = msgspec.structs.replace(config.train, steps=6, stop_after=stop_after)
+    return msgspec.structs.replace(config, train=train)
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """Twenty steps of one process."""
-    return run_here(of())
+    """What one process gives."""
+    return run_here(few_steps())
 
 
 @pytest.fixture
@@ -99,12 +106,12 @@ def test_muon_is_that_of_torch_in_bf16() -> None:
 def test_bits_are_equal_in_every_layout(
     cluster: Cluster, alone: dict[str, Any], layout: dict[str, Any]
 ) -> None:
-    assert run_training(cluster, of(parallel=layout)) == alone
+    assert run_training(cluster, few_steps(parallel=layout)) == alone
 
 
 @pytest.mark.mp
 def test_shadows_make_the_same_matrices(cluster: Cluster, alone: dict[str, Any]) -> None:
-    plain = msgspec.to_builtins(of(parallel={"data": 2}))
+    plain = msgspec.to_builtins(few_steps(parallel={"data": 2}))
     for found in cluster.run("support.runs.small_runs:train_with_shadows", 2, config=plain):
         assert found == (alone["losses"], alone["digest"], True, 0)
 
@@ -113,14 +120,9 @@ def test_shadows_make_the_same_matrices(cluster: Cluster, alone: dict[str, Any])
 def test_a_run_goes_on_in_another_layout(
     cluster: Cluster, alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    def part(stop_after: int, **parallel: int) -> RunConfig:
-        config = of(parallel=dict(parallel))
-        train = msgspec.structs.replace(config.train, stop_after=stop_after)
-        return msgspec.structs.replace(config, train=train)
-
-    plain = msgspec.to_builtins(part(7, data=2))
+    plain = msgspec.to_builtins(few_steps(3, parallel={"data": 2}))
     cluster.run("support.runs.small_runs:train_in", 2, config=plain, root=str(tmp_path))
-    train_here(part(0), tmp_path)
+    train_here(few_steps(), tmp_path)
     assert [line["loss_hex"] for line in metrics_of(tmp_path)] == alone["losses"]
     [finished] = events_of(tmp_path, "run_finished")
     assert finished["parameter_digest"] == alone["digest"]

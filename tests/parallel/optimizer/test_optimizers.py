@@ -109,8 +109,8 @@ def of(name: str, **sections: Any) -> RunConfig:
 @pytest.mark.mp
 @pytest.mark.parametrize("name", ["lion", "sgd"])
 def test_bits_are_equal_in_another_layout_and_on_shadows(cluster: Cluster, name: str) -> None:
-    alone = run_here(of(name))
-    plain = msgspec.to_builtins(of(name, parallel={"data": 2}))
+    alone = run_here(steps(of(name), 6))
+    plain = msgspec.to_builtins(steps(of(name, parallel={"data": 2}), 6))
     for found in cluster.run("support.runs.small_runs:train_with_shadows", 2, config=plain):
         assert found == (alone["losses"], alone["digest"], True, 0)
 
@@ -140,10 +140,10 @@ def test_moments_in_bf16_are_saved_shadowed_and_equal_in_every_layout(
     cluster: Cluster, name: str, tmp_path: Path
 ) -> None:
     rounded: dict[str, Any] = {"optimizer": {"moments_dtype": "bf16"}}
-    config = of(name, **rounded)
+    config = steps(of(name, **rounded), 6)
     alone = run_here(config)
-    assert alone != run_here(of(name))
-    plain = msgspec.to_builtins(of(name, **rounded, parallel={"data": 2}))
+    assert alone != run_here(steps(of(name), 6))
+    plain = msgspec.to_builtins(steps(of(name, **rounded, parallel={"data": 2}), 6))
     for found in cluster.run("support.runs.small_runs:train_with_shadows", 2, config=plain):
         assert found == (alone["losses"], alone["digest"], True, 0)
     train_here(steps(config, 4), tmp_path / "whole")

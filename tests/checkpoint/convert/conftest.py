@@ -10,9 +10,12 @@ import pytest
 from support.processes.cluster import Cluster
 
 MEGATRON = (
-    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.gpt_model",
-    "megatron.core.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "support.foreign.megatron_training",
 )
 
 

@@ -14,12 +14,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
 
+from holdfast.parallel.offload import compact_heap_environment
 from support.processes.forked_command import ForkedCommand, forked_for_shells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,15 @@ FOLDERS = [
     "requirements",
 ]
 CODE = re.compile(r"`([^`\n]+)`")
+AS_IT_STANDS = "train.md-7"
+"""The block whose commands train the first example itself, in its own layout and in one process."""
+SMALLER = {
+    "hidden = 96": "hidden = 48",
+    "intermediate = 256": "intermediate = 128",
+    "seq_len = 128": "seq_len = 64",
+    "global_batch = 16": "global_batch = 8",
+}
+"""What the other blocks train has a fourth of its tokens in a step: commands are what they show."""
 LISTS = {"trainer/models/", "checkpoint/convert/formats/"}
 """Rooms in which each folder is one more of a kind."""
 REFERENCE = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
@@ -58,6 +69,19 @@ def blocks(kind: str) -> list[Any]:
         for number, match in enumerate(REFERENCE.finditer(page.read_text())):
             found.append(pytest.param(dedent(match.group(1)), id=f"{page.name}-{number}"))
     return found
+
+
+def put_examples(folder: Path, changes: Mapping[str, str]) -> None:
+    """Make a folder of the examples, with lines of the first one changed."""
+    folder.mkdir()
+    for path in (ROOT / "examples").iterdir():
+        (folder / path.name).symlink_to(path)
+    text = (ROOT / "examples" / "tiny.toml").read_text()
+    for line, other in changes.items():
+        assert text.count(f"\n{line}\n") == 1
+        text = text.replace(f"\n{line}\n", f"\n{other}\n")
+    (folder / "tiny.toml").unlink()
+    (folder / "tiny.toml").write_text(text)
 
 
 def environment(*first: Path) -> dict[str, str]:
@@ -79,14 +103,15 @@ def test_python_block_runs(source: str, tmp_path: Path) -> None:
 @pytest.mark.mp
 @IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("sh run"))
-def test_marked_commands_run(source: str, tmp_path: Path) -> None:
-    for folder in ("examples",):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+def test_marked_commands_run(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    trains = re.search(r"^ *holdfast (train|check)|-m holdfast", source, re.MULTILINE)
+    as_it_stands = request.node.callspec.id == AS_IT_STANDS or not trains
+    put_examples(tmp_path / "examples", {} if as_it_stands else SMALLER)
     with forked_for_shells(tmp_path / "bin") as forked:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", source],
             cwd=tmp_path,
-            env=environment(forked),
+            env=environment(forked) | compact_heap_environment(os.environ),  # so none starts twice
             capture_output=True,
             text=True,
         )

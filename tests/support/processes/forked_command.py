@@ -1,5 +1,5 @@
-"""The `holdfast` command, and programs that use it, in processes forked from one that has
-imported it.
+"""The `holdfast` command, and programs that use it or start it, in processes forked from one that
+has imported it.
 
 A run in a test is otherwise one third importing torch. What happens after the imports is what the
 command does; that it starts by itself is what tests/launch sees.
@@ -35,7 +35,8 @@ _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
     connection.connect({address!r})
-    connection.send(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], dict(os.environ)]).encode())
+    asked = [os.getpid(), os.getcwd(), sys.argv, dict(os.environ)]
+    connection.send(json.dumps(asked).encode())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: connection.send(str(int(number)).encode()))
     code = int(connection.recv(16))
@@ -47,6 +48,9 @@ sys.exit(code)
 """
 _MOST_ASKED = 1 << 17
 """Bytes of a client's arguments and environment."""
+_PYTHON = "forked-python"
+_PROGRAMS = {"holdfast": "", "torchrun": "torch.distributed.run", _PYTHON: ""}
+"""The modules that programs for shells run; Python is asked for one as `[-u] -m MODULE`."""
 
 
 def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
@@ -72,12 +76,14 @@ class ForkedCommand:
         folder: Path | None = None,
         errors: Path | None = None,
         script: Path | None = None,
+        module: str = "",
         network: str = "",
     ) -> None:
         """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`.
 
         Args:
             script: a program of Python that is run instead of `holdfast`.
+            module: one that is run as `python -m MODULE` instead.
             before: `module:function`, which its process calls first.
             folder: the one in which it runs; None: that of the tests.
             errors: the file for its standard error, if that is another one.
@@ -85,7 +91,7 @@ class ForkedCommand:
         """
         self._output = output
         printed = (str(output), str(errors or output))
-        command = ["" if script is None else str(script), *arguments]
+        command = ["" if script is None else str(script), module, *arguments]
         where = str(folder or Path.cwd()), network
         self._process = forked(_run, command, where, printed, dict(environment), before)
         self._process.start()
@@ -126,9 +132,11 @@ class ForkedCommand:
 
 @contextmanager
 def forked_for_shells(folder: Path, script: Path | None = None) -> Iterator[Path]:
-    """A folder for PATH in which `holdfast` is forked as `ForkedCommand` is; it has no input.
+    """A folder for PATH in which `holdfast` and `torchrun` are forked as `ForkedCommand` is, and
+    workers of that `torchrun`; they have no input.
 
-    It ends as its process does, passes signals on to it, and takes it along when it is killed.
+    A program ends as its process does, passes signals on to it, and takes it along when it is
+    killed.
 
     Args:
         script: a program of Python that is run instead of `holdfast`.
@@ -137,9 +145,10 @@ def forked_for_shells(folder: Path, script: Path | None = None) -> Iterator[Path
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(folder / "socket"))
         listening.listen()
-        client = folder / "holdfast"
-        client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
-        client.chmod(0o755)
+        for name in _PROGRAMS:
+            client = folder / name
+            client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
+            client.chmod(0o755)
         serve = threading.Thread(target=_serve_shells, args=(listening, script), daemon=True)
         serve.start()
         try:
@@ -161,10 +170,22 @@ def _serve_shells(listening: socket.socket, script: Path | None) -> None:
 def _serve_client(connection: socket.socket, script: Path | None) -> None:
     """Run one command, which prints to where its client does, and send its exit code."""
     with connection:
-        pid, folder, arguments, environment = json.loads(connection.recv(_MOST_ASKED))
+        pid, folder, (program, *arguments), environment = json.loads(connection.recv(_MOST_ASKED))
+        client = Path(program)
+        module = _PROGRAMS[client.name]
+        if client.name == _PYTHON:
+            _, module, *arguments = arguments[arguments[0] == "-u" :]
+        environment["PYTHON_EXEC"] = str(client.with_name(_PYTHON))  # of torchrun's workers
         output, errors = (Path(f"/proc/{pid}/fd/{number}") for number in (1, 2))
-        where = {"folder": Path(folder), "errors": errors}
-        command = ForkedCommand(arguments, output, environment, **where, script=script)
+        command = ForkedCommand(
+            arguments,
+            output,
+            environment,
+            folder=Path(folder),
+            errors=errors,
+            script=None if module else script,
+            module=module,
+        )
         heed = threading.Thread(target=_pass_signals, args=(connection, command.pid), daemon=True)
         heed.start()
         code = command.wait()
@@ -191,13 +212,13 @@ def _run(
 ) -> None:
     from holdfast.launch.cli import main
 
-    script, *arguments = command
+    script, module, *arguments = command
     folder, network = where
     if network:
         enter_network(network)
     if before:
-        module, name = before.split(":")
-        getattr(importlib.import_module(module), name)()
+        place, name = before.split(":")
+        getattr(importlib.import_module(place), name)()
     for stream, file in enumerate(printed, start=1):
         fresh = 0 if file.startswith("/proc/") else os.O_TRUNC  # a client's file may have others'
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | fresh, 0o644)
@@ -212,6 +233,11 @@ def _run(
         sys.orig_argv = [sys.executable, *sys.argv]
         sys.path.insert(0, folder)
         runpy.run_path(script, run_name="__main__")
+        return
+    if module not in ("", "holdfast.launch.cli"):
+        sys.argv = [module, *arguments]
+        sys.orig_argv = [sys.executable, "-m", module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
     sys.argv = ["holdfast", *arguments]
     sys.orig_argv = [sys.executable, "-m", "holdfast.launch.cli", *arguments]

@@ -42,23 +42,22 @@ def test_a_run_leaves_what_it_promises(config: Path) -> None:
     assert data["message"] in done.stdout
     assert all((run / "logs" / f"rank-{rank}.log").exists() for rank in range(4))
     assert len(list((run / "trace").glob("step-00000003.rank-*.json.gz"))) == 4
-    again = holdfast(config.parent, "train", str(run / "config.toml"), "--out", "again")
+    alone = ("--set", "parallel.data=1", "--set", "parallel.pipeline=1")
+    again = holdfast(config.parent, "train", str(run / "config.toml"), "--out", "again", *alone)
     assert again.returncode == 0
     hexes = [line["loss_hex"] for line in lines_of(config.parent / "again" / "metrics.jsonl")]
     assert hexes == [line["loss_hex"] for line in metrics]
 
 
 def launchers() -> dict[str, list[str]]:
-    """Commands that start workers of a configuration, by name: four of torchrun and of mpirun, and
-    two where the same launcher starts another program or other links.
-    """
+    """Commands that start two workers of a configuration, by name: replicas or stages."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     mpirun = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "--oversubscribe"]
-    two = ("--set", "parallel.pipeline=1")
+    two, stages = ("--set", "parallel.pipeline=1"), ("--set", "parallel.data=1")
     return {
         "torchrun module": [*torchrun, "2", "-m", "holdfast.trainer", *two],
-        "torchrun command": [*torchrun, "4", "-m", "holdfast.launch.cli", "train"],
-        "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
+        "torchrun command": [*torchrun, "2", "-m", "holdfast.launch.cli", "train", *stages],
+        "mpirun": [*mpirun, "-n", "2", *HOLDFAST, "train", *stages],
         "mpirun over MPI without ULFM": [
             *(*mpirun, "-n", "2", *HOLDFAST, "train", "--set", "parallel.backend=mpi", *two),
         ],
@@ -72,10 +71,11 @@ def launchers() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def one_replica_s_losses(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of the configuration without a launcher and without data parallelism, as hex."""
+    """Of the configuration in one process, without a launcher, as hex."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "run.toml").write_text(CONFIG)
-    done = holdfast(folder, "train", "run.toml", "--out", "own", "--set", "parallel.data=1")
+    alone = ("--set", "parallel.data=1", "--set", "parallel.pipeline=1")
+    done = holdfast(folder, "train", "run.toml", "--out", "own", *alone)
     assert done.returncode == 0, done.stderr
     return [line["loss_hex"] for line in lines_of(folder / "own" / "metrics.jsonl")]
 
@@ -94,7 +94,7 @@ def test_other_launchers_give_the_same_bits(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert "[c10d]" not in done.stderr
@@ -105,7 +105,7 @@ def test_other_launchers_give_the_same_bits(
 @pytest.mark.mp
 def test_steps_that_are_not_finite_can_be_skipped(config: Path) -> None:
     sets = ["optimizer.lr=1e30", "optimizer.min_lr=0", "optimizer.warmup_steps=1",
-            "numerics.nonfinite=skip", "log.tensorboard=true"]  # fmt: skip
+            "numerics.nonfinite=skip", "log.tensorboard=true", "parallel.data=1"]  # fmt: skip
     parts = [part for override in sets for part in ("--set", override)]
     done = holdfast(config.parent, "train", str(config), "--out", "skip", *parts)
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,7 @@ def test_tensorboard_shows_the_metrics_under_known_names(config: Path) -> None:
 
     done = holdfast(
         config.parent, "train", str(config), "--out", "board", "--set", "log.tensorboard=true",
-        "--set", "train.eval_every=3", "--set", "train.eval_batches=1",
+        "--set", "train.eval_every=3", "--set", "train.eval_batches=1", "--set", "parallel.data=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     board = EventAccumulator(str(config.parent / "board" / "tensorboard"))
@@ -177,6 +177,7 @@ def test_plan_prints_memory_and_programs(config: Path) -> None:
 
 @pytest.mark.mp
 def test_check_says_that_a_layout_is_right(config: Path) -> None:
-    done = holdfast(config.parent, "check", str(config), "--set", "parallel.tensor=2")
+    layout = ("--set", "parallel.tensor=2", "--set", "parallel.data=1")
+    done = holdfast(config.parent, "check", str(config), *layout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "differ" not in done.stdout

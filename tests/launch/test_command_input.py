@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 
 from holdfast.launch import cli
 from holdfast.parallel.errors import ConfigError
+from support.processes.forked_command import ForkedCommand
 from support.runs.commands import HOLDFAST, environment, holdfast
 
 BAD: list[tuple[list[str], int, str]] = [
@@ -52,20 +52,18 @@ def test_bad_input_ends_with_one_clear_line(
 
 
 @pytest.mark.mp
-def test_a_token_beyond_the_vocabulary_is_named(config: Path) -> None:
+def test_a_token_beyond_the_vocabulary_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = 'Prepared text: "äöü" and plain words, again and again.\n' * 50
     (config.parent / "text.txt").write_text(text)
     temporary = config.parent / "temporary"
     temporary.mkdir()
-    prepared = subprocess.run(
-        [*HOLDFAST, "data", "prepare", "text.txt", "--output", "tokens"],
-        cwd=config.parent,
-        env=environment(TMPDIR=str(temporary)),
-        capture_output=True,
-        text=True,
-    )
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    prepared = holdfast(config.parent, "data", "prepare", "text.txt", "--output", "tokens")
     assert (prepared.returncode, prepared.stderr) == (0, "")
     assert list(temporary.iterdir()) == []
+    monkeypatch.undo()
     sets = ["--set", "data.kind=megatron", "--set", "data.path=['tokens']"]
     sets += ["--set", "parallel.data=1", "--set", "parallel.pipeline=1", "--set", "train.steps=2"]
     fine = holdfast(config.parent, "train", str(config), "--out", "fine", *sets)
@@ -147,20 +145,21 @@ def test_a_port_in_use_is_named(config: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = str(taken.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, "-m", "holdfast.trainer", str(config), "--set", "parallel.data=2",
-             "--set", "parallel.pipeline=1"],
-            cwd=config.parent,
-            env=environment(
+        errors = config.parent / "errors"
+        worker = ForkedCommand(
+            [str(config), "--set", "parallel.data=2", "--set", "parallel.pipeline=1"],
+            config.parent / "printed",
+            environment(
                 RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK="0"
             ),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )  # fmt: skip
-    assert done.returncode == 3
-    assert f"127.0.0.1:{port}" in done.stderr
-    assert "Traceback" not in done.stderr
+            folder=config.parent,
+            errors=errors,
+            module="holdfast.trainer",
+        )
+        code = worker.wait(timeout=60)
+    assert code == 3
+    assert f"127.0.0.1:{port}" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
 
 
 @pytest.mark.mp

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from holdfast.trainer.run import Signals
 from support.processes.forked_command import ForkedCommand
-from support.runs.commands import HOLDFAST, environment, lines_of
+from support.runs.commands import environment, lines_of
 
 
 def descendants(pid: int) -> set[int]:
@@ -103,50 +101,50 @@ def test_no_worker_outlives_a_killed_command(
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+TORCHRUN = ["--standalone", "--nproc-per-node", "2", "-m", "holdfast.launch.cli"]
 
 
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("command", "overrides"),
+    ("launcher", "overrides"),
     [
-        (HOLDFAST, ()),
-        (HOLDFAST, ("--set", "elastic.enabled=true", "--set", "elastic.local_nodes=2")),
-        ([*TORCHRUN, "-m", "holdfast.launch.cli"], ()),
+        ([], ()),
+        ([], ("--set", "elastic.enabled=true", "--set", "elastic.local_nodes=2")),
+        (TORCHRUN, ("--set", "parallel.data=1")),
     ],
     ids=["plain", "elastic", "torchrun"],
 )
 def test_an_interrupt_from_a_terminal_saves_the_step_and_says_how_to_go_on(
-    config: Path, command: list[str], overrides: tuple[str, ...]
+    config: Path, launcher: list[str], overrides: tuple[str, ...]
 ) -> None:
     """A terminal sends it to all processes; launcher and command pass it on to workers again."""
     run = config.parent / "long"
     options = ["--out", str(run), "--set", "train.steps=100000", *overrides]
-    process = subprocess.Popen(
-        [*command, "train", str(config), *options],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    process = ForkedCommand(
+        [*launcher, "train", str(config), *options],
+        config.parent / "said",
+        environment(),
+        before="os:setsid",
+        module="torch.distributed.run" if launcher else "",
     )
     try:
         metrics = run / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
         workers = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        code = process.wait(timeout=100)
     finally:
         process.kill()
+    said = process.printed()
     last = lines_of(metrics)[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
     end = f"interrupted after step {last}, which is saved"
     assert said.count("press Ctrl-C again to end at once") == 1
     assert said.count(end) == 1
     wait_until(lambda: not any(alive(pid) for pid in workers))
-    if command == HOLDFAST:
-        assert process.returncode == 130
+    if not launcher:
+        assert code == 130
         assert "Traceback" not in said
         assert f"{end}; to go on: holdfast resume {run}\n" in said
         kept = (run / "logs" / "console.log").read_text()

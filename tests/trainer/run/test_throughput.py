@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.offload import compact_heap_environment
 from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.trainer.config import RunConfig, dump_toml, load_config
 from holdfast.trainer.plan_report.report import plan_report
@@ -82,8 +84,11 @@ def test_a_plan_says_which_rates_it_was_chosen_for(tmp_path: Path) -> None:
 
 @pytest.mark.mp
 def test_a_run_measures_and_keeps_what_every_rank_plans_with(
-    tmp_path: Path, cluster: Cluster
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in compact_heap_environment(os.environ).items():
+        monkeypatch.setenv(name, value)  # so that the command does not start itself again
+
     expected = run_training(cluster, make_config(train=TRAIN))
     config = automatic(tmp_path)
     path, root = tmp_path / "run.toml", tmp_path / "run"

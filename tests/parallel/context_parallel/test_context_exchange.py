@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,25 +31,33 @@ def tensors(slices: Slices, heads: int, kv_heads: int, dtype: str) -> list[list[
     return found
 
 
+Case = dict[str, Any]
+"""Arguments of `attended`."""
+Found = dict[int, list[np.ndarray]]
+"""By slice: the output, and the gradients by queries, keys and values."""
+
+
+def attended_all(rank: int, world_size: int, store: Store, *, cases: list[Case]) -> list[Found]:
+    """What one rank of a group finds, by case."""
+    world = range(world_size)
+    groups = build_groups(
+        store, "127.0.0.1", rank, world, {"tensor": world}, backend="gloo", generation=0
+    )
+    return [attended(groups.world, rank, world_size, **case) for case in cases]
+
+
 def attended(
+    group: Any,
     rank: int,
     world_size: int,
-    store: Store | None,
     *,
     slices: int,
     heads: tuple[int, int],
     dtype: str,
     exchange: Any,
     packed: bool,
-) -> dict[int, list[Any]]:
-    """By own slice: the output, and the gradients by queries, keys and values, as lists."""
-    group = None
-    if store is not None:
-        world = range(world_size)
-        groups = build_groups(
-            store, "127.0.0.1", rank, world, {"tensor": world}, backend="gloo", generation=0
-        )
-        group = groups.world
+) -> Found:
+    """What one rank finds of its own slices."""
     own = slices_of(SEQ, slices, world_size, rank)
     documents = Documents.of((n for row in DOCUMENTS for n in row), BATCH) if packed else None
     *given, gradients = tensors(own, *heads, dtype)
@@ -61,7 +70,7 @@ def attended(
         torch.autograd.backward(outputs, gradients)
     return {
         number: [
-            part.detach().double().tolist()
+            part.detach().double().numpy()
             for part in (outputs[n], *(leaves[kind][n].grad for kind in range(3)))
             if part is not None
         ]
@@ -69,45 +78,60 @@ def attended(
     }
 
 
+def together(cluster: Cluster, ranks: int, cases: list[Case]) -> list[Found]:
+    """What all ranks of a group find, by case; one group has all cases in turn."""
+    found = cluster.run("test_context_exchange:attended_all", ranks, cases=cases, timeout_s=240.0)
+    return [
+        {number: parts for one in of_a_case for number, parts in one.items()}
+        for of_a_case in zip(*found, strict=True)
+    ]
+
+
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["", "documents"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "exchanges"), [(2, ("heads", "keys")), (4, ("heads", "keys")), (8, ("keys",))]
+)
 def test_ranks_attend_as_one_alone_would(
-    cluster: Cluster, heads: tuple[int, int], dtype: str, packed: bool
+    cluster: Cluster, ranks: int, exchanges: tuple[str, ...]
 ) -> None:
-    keys: dict[str, Any] = {"slices": 8, "heads": heads, "dtype": dtype, "packed": packed}
-    alone = attended(0, 1, None, exchange="heads", **keys)
-    for ranks, exchange in ((2, "heads"), (4, "heads"), (2, "keys"), (4, "keys"), (8, "keys")):
-        results = cluster.run("test_context_exchange:attended", ranks, exchange=exchange, **keys)
-        together = {number: found for one in results for number, found in one.items()}
-        assert together == alone, (ranks, exchange)
+    cases = [
+        {"slices": 8, "heads": heads, "dtype": dtype, "packed": packed}
+        for heads in ((4, 4), (4, 2), (8, 1))
+        for dtype in ("float32", "bfloat16")
+        for packed in (False, True)
+    ]
+    alone = [attended(None, 0, 1, exchange="heads", **case) for case in cases]
+    for exchange in exchanges:
+        tried = [{**case, "exchange": exchange} for case in cases]
+        for case, found, wanted in zip(tried, together(cluster, ranks, tried), alone, strict=True):
+            assert found.keys() == wanted.keys(), case
+            for number, parts in wanted.items():
+                assert len(parts) == len(found[number]) == 4, case
+                assert all(map(np.array_equal, found[number], parts)), case
 
 
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["", "documents"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1)], ids=str)
-def test_a_ring_gives_what_one_rank_does(
-    cluster: Cluster, heads: tuple[int, int], packed: bool
-) -> None:
-    for dtype, tolerance in (("float64", 1e-10), ("bfloat16", 0.05)):
-        for slices in (4, 8):
-            keys: dict[str, Any] = {"slices": slices, "heads": heads, "packed": packed}
-            # In float64, so that narrow results are compared with right ones.
-            alone = attended(0, 1, None, exchange="heads", dtype="float64", **keys)
-            for ranks in (2, 4):
-                results = cluster.run(
-                    "test_context_exchange:attended", ranks, exchange="ring", dtype=dtype, **keys
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_ring_gives_what_one_rank_does(cluster: Cluster, ranks: int) -> None:
+    tolerances = {"float64": 1e-10, "bfloat16": 0.05}
+    cases = [
+        {"slices": slices, "heads": heads, "packed": packed, "dtype": dtype, "exchange": "ring"}
+        for slices in (4, 8)
+        for heads in ((4, 4), (8, 1))
+        for packed in (False, True)
+        for dtype in tolerances
+    ]
+    for case, found in zip(cases, together(cluster, ranks, cases), strict=True):
+        # In float64, so that narrow results are compared with right ones.
+        alone = attended(None, 0, 1, **{**case, "exchange": "heads", "dtype": "float64"})
+        tolerance = tolerances[case["dtype"]]
+        assert found.keys() == alone.keys()
+        for number, right in alone.items():
+            for seen, wanted in zip(found[number], right, strict=True):
+                np.testing.assert_allclose(
+                    seen, wanted, rtol=tolerance, atol=tolerance, err_msg=str(case)
                 )
-                together = {number: found for one in results for number, found in one.items()}
-                assert together.keys() == alone.keys()
-                for number, right in alone.items():
-                    for found, wanted in zip(together[number], right, strict=True):
-                        torch.testing.assert_close(
-                            torch.tensor(found),
-                            torch.tensor(wanted),
-                            rtol=tolerance,
-                            atol=tolerance,
-                        )

@@ -15,23 +15,32 @@ from support.runs.small_runs import findings_of, make_config, run_training
 
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "layers", "layouts"),
+    [
+        ("fp32", 1, [(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 3)]),
+        ("bf16", 2, [(2, 4), (4, 3)]),
+    ],
+    ids=["fp32", "bf16"],
+)
 def test_ranks_and_one_process_compute_strips_with_the_same_bits(
-    cluster: Cluster, precision: str
+    cluster: Cluster, precision: str, layers: int, layouts: list[tuple[int, int]]
 ) -> None:
-    """However many travel together: 8 messages of a rank to 1."""
+    """However many travel together: 8 messages of a rank to 1. Layer after layer, and in every
+    micro-batch, they travel alike: two of each are enough, with one number of messages.
+    """
 
     def trained(tensor: int, per_message: int) -> dict[str, Any]:
         config = make_config(
-            model={"layers": 2},
-            train={"steps": 3, "seq_len": 64, "global_batch": 2, "precision": precision},
+            model={"layers": layers},
+            train={"steps": 2, "seq_len": 64, "global_batch": layers, "precision": precision},
             numerics={"tensor_shards": 4, "tensor_strips": 16},
             parallel={"tensor": tensor, "strips_per_message": per_message},
         )
         return run_training(cluster, config)
 
     alone = trained(1, 1)
-    for tensor, per_message in ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 3)):
+    for tensor, per_message in layouts:
         assert trained(tensor, per_message) == alone, (tensor, per_message)
 
 

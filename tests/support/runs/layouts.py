@@ -1,8 +1,7 @@
-"""All layouts of up to eight ranks, at a size that float64 on a small machine replays quickly."""
+"""Runs in any layout of up to eight ranks, of a size that float64 replays quickly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ from holdfast.trainer.check.tiny import FRACTION_BITS
 from holdfast.trainer.config import RunConfig
 from support.runs.small_runs import make_config
 
-MOST_RANKS = 8
+MICRO_BATCH = 2
 
 
 def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 2) -> RunConfig:
@@ -38,13 +37,23 @@ def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 2) -> RunCo
             "precision": "fp64",
             "steps": steps,
             "seq_len": 8,
-            "global_batch": 8 if layout.get("data", 1) <= 4 else 16,
-            "micro_batch": 2,
+            "global_batch": MICRO_BATCH * _micro_batches(layout),
+            "micro_batch": MICRO_BATCH,
         },
         optimizer={"lr": 1e-3, "warmup_steps": 1, "block_elements": 64},
         numerics={"reduction": "fast"} if is_fast else {"fraction_bits": FRACTION_BITS},
         parallel=layout,
     )
+
+
+def _micro_batches(layout: dict[str, Any]) -> int:
+    """Enough that each replica has one and stages have several under way; in tensor groups, where
+    they cost much and pass one by one, two.
+    """
+    data = layout.get("data", 1)
+    if layout.get("tensor", 1) > 1:
+        return max(2, data + (layout.get("pipeline", 1) > 1))
+    return 4 if data <= 4 else 8
 
 
 def in_slices(config: RunConfig, chunks: int, packing: str = "concatenated") -> RunConfig:
@@ -54,20 +63,3 @@ def in_slices(config: RunConfig, chunks: int, packing: str = "concatenated") -> 
         train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=chunks),
         data=msgspec.structs.replace(config.data, packing=packing),
     )
-
-
-def all_layouts() -> Iterator[dict[str, Any]]:
-    """tensor x pipeline x data of up to eight ranks, each with one and with two chunks per rank."""
-    for tensor in (1, 2, 4, 8):
-        for pipeline in range(1, MOST_RANKS + 1):
-            for data in range(1, MOST_RANKS + 1):
-                if tensor * pipeline * data > MOST_RANKS:
-                    continue
-                base = {"tensor": tensor, "pipeline": pipeline, "data": data}
-                yield {**base, "schedule": "1f1b"}
-                if pipeline > 1:
-                    yield {**base, "virtual": 2, "schedule": "interleaved-1f1b"}
-
-
-def as_plain(config: RunConfig) -> dict[str, Any]:
-    return msgspec.to_builtins(config)

@@ -1,4 +1,7 @@
-"""Context parallelism: any number of ranks of a context group, with the bits of one process."""
+"""Context parallelism: any number of ranks of a context group, with the bits of one process.
+
+tests/trainer/test_layout_pairs.py has every pair of a context group, in powers of two.
+"""
 
 from __future__ import annotations
 
@@ -11,59 +14,68 @@ from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault
 from support.runs.layouts import in_slices, tiny
 from support.runs.small_runs import findings_of, make_config, run_training
+from support.runs.undisturbed import Undisturbed
 
 STEPS = 2
 """The second begins with what the first has changed."""
-LAYOUTS: list[dict[str, Any]] = [
-    {"context": 2},
-    {"context": 4},
-    {"context": 2, "context_exchange": "keys"},
-    {"context": 4, "context_exchange": "keys", "data": 2},
-    {"context": 2, "data": 2, "pipeline": 2, "schedule": "zb-h1"},
-    {"context": 2, "data": 2, "shard": "parameters"},
-    {"context": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "shard": "gradients"},
-]
-"""Every other one with each precision: tests/trainer/test_layout_pairs.py has the pairs."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Undisturbed:
+    """What one process computes, each run once."""
+    return Undisturbed(cluster)
 
 
 def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> Any:
-    train: dict[str, Any] = {"steps": STEPS, "global_batch": 4, "seq_len": 32, "context_chunks": 4}
+    train: dict[str, Any] = {"steps": STEPS, "global_batch": 3, "seq_len": 32, "context_chunks": 4}
     train["precision"] = precision
     return make_config(
-        model={"layers": 4, **sections.pop("model", {})},
+        model={"layers": 2, **sections.pop("model", {})},
         train={**train, **sections.pop("train", {})},
         parallel=layout,
         **sections,
     )
 
 
+COPIES: tuple[Any, ...] = ("fp32", "documents", 1, "selective")
+"""With one key and value head, ranks have copies of it."""
+OWN: tuple[Any, ...] = ("bf16", "concatenated", 4, "full")
+
+
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("precision", "packing"), [("fp32", "documents"), ("bf16", "concatenated")]
+    ("layout", "precision", "packing", "kv_heads", "recompute"),
+    [
+        ({"context": 4}, *COPIES),
+        ({"context": 2, "context_exchange": "keys", "data": 3}, *COPIES),
+        ({"context": 2, "pipeline": 2, "schedule": "zb-h1"}, *COPIES),
+        ({"context": 4}, *OWN),
+        ({"context": 2, "context_exchange": "keys"}, *OWN),
+        ({"context": 2, "data": 2, "shard": "parameters"}, *OWN),
+        (
+            {
+                **{"context": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
+                **{"blocks_per_chunk": [0, 1, 1, 0], "shard": "gradients"},
+            },
+            *OWN,
+        ),
+    ],
+    ids=str,
 )
 def test_layouts_give_the_bits_of_one_process(
-    cluster: Cluster, precision: str, packing: str
+    undisturbed: Undisturbed,
+    layout: dict[str, Any],
+    precision: str,
+    packing: str,
+    kv_heads: int,
+    recompute: str,
 ) -> None:
-    data = {"packing": packing}
-    alone = run_training(cluster, run_of({}, precision, data=data))
-    for layout in LAYOUTS[precision == "bf16" :: 2]:
-        assert run_training(cluster, run_of(layout, precision, data=data)) == alone, layout
-
-
-@pytest.mark.mp
-@pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "recompute"), [(1, "selective"), (4, "full")])
-def test_heads_that_groups_share_and_recompute_keep_the_bits(
-    cluster: Cluster, kv_heads: int, recompute: str
-) -> None:
-    """With one key and value head, ranks have copies of it."""
-    keys: dict[str, Any] = {"model": {"kv_heads": kv_heads, "layers": 2}}
-    alone = run_training(cluster, run_of({}, **keys))
-    for layout in ({"context": 4}, {"context": 2, "context_exchange": "keys"}):
-        config = run_of(layout, **keys, train={"recompute": recompute})
-        assert run_training(cluster, config) == alone, layout
+    """Heads that groups share or have alone, and recomputing, keep the bits, too."""
+    keys: dict[str, Any] = {"model": {"kv_heads": kv_heads}, "data": {"packing": packing}}
+    config = run_of(layout, precision, train={"recompute": recompute}, **keys)
+    assert undisturbed.has_bits_of(config)
 
 
 @pytest.mark.mp
@@ -71,11 +83,10 @@ def test_heads_that_groups_share_and_recompute_keep_the_bits(
 @pytest.mark.parametrize(
     ("layout", "packing"),
     [
-        ({"context": 2}, "documents"),
         ({"context": 2, "context_exchange": "keys", "data": 2}, "concatenated"),
         ({"context": 2, "tensor": 2}, "documents"),
-        ({"context": 2, "tensor": 2, "sequence_parallel": False, "pipeline": 2}, "concatenated"),
-        ({"context": 4, "context_exchange": "keys", "tensor": 2}, "documents"),
+        ({"context": 2, "tensor": 2, "sequence_parallel": False}, "concatenated"),
+        ({"context": 2, "context_exchange": "keys", "tensor": 2}, "documents"),
         ({"context": 2, "context_exchange": "ring", "tensor": 2, "pipeline": 2}, "documents"),
         ({"context": 4, "context_exchange": "ring", "data": 2}, "concatenated"),
     ],
@@ -90,31 +101,31 @@ def test_layouts_equal_autograd_in_float64(
 
 DISTURBED: dict[str, Any] = {
     "model": {"layers": 2},
-    "train": {"steps": 5, "global_batch": 4, "seq_len": 32, "context_chunks": 4},
+    "train": {"steps": 4, "global_batch": 4, "seq_len": 32, "context_chunks": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def expected(cluster: Cluster) -> dict[str, Any]:
-    return bits_of(run_training(cluster, make_config(**DISTURBED)))
 
 
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["backward", "reduce", "gather"])
-def test_a_loss_in_a_context_group_changes_no_bit(
-    start: Starter, expected: dict[str, Any], phase: str
-) -> None:
+def test_losses_in_context_groups_change_no_bit(cluster: Cluster, start: Starter) -> None:
+    """One rank of each group is lost in turn, each in another phase of a step; the other one waits,
+    has all slices alone, or is in a new group.
+    """
+    chaos = [
+        fault("kill", 1, 1, "backward"),
+        fault("kill", 2, 2, "reduce"),
+        fault("kill", 4, 3, "gather"),
+    ]
     run = start(
         **DISTURBED,
-        parallel={"context": 2, "data": 2},
-        elastic={"respawn": False, "chaos": [fault("kill", 2, 3, phase)]},
+        parallel={"context": 2, "data": 3},
+        elastic={"respawn": False, "chaos": chaos},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
-    (recovered,) = run.events("recovered")
-    assert recovered["plan"]["stages"] == [[[0, 1], [3]]]
+    assert run.bits() == bits_of(run_training(cluster, make_config(**DISTURBED)))
+    plans = [event["plan"]["stages"] for event in run.events("recovered")]
+    assert plans == [[[[2, 3], [4, 5]]], [[[0], [3], [4, 5]]], [[[0], [3, 5]]]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Tensor shards: any tensor degree that divides them, with the bits of one process."""
+"""Tensor shards: any tensor degree that divides them, with the bits of one process.
+
+tests/trainer/test_layout_pairs.py has every pair of layout, slices, documents and recomputing.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,26 @@ from support.runs.small_runs import (
     findings_of,
     make_config,
     metrics_of,
+    run_in,
     run_training,
-    world_size_of,
 )
+from support.runs.undisturbed import Undisturbed
 
 SHARDS = {"tensor_shards": 4}
 STEPS = 2
 """The second begins with what the first has changed."""
-LAYOUTS: list[dict[str, Any]] = [
-    {"tensor": 4},
-    {"tensor": 2, "data": 2, "shard": "parameters"},
-    {"tensor": 2, "data": 2, "pipeline": 2, "schedule": "zb-h1"},
-    {"tensor": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "data": 2, "shard": "gradients"},
-]
-IN_SLICES: list[dict[str, Any]] = [
-    {"context": 2},
-    {"tensor": 2, "context": 2, "data": 2},
-    {"tensor": 4, "context": 2, "context_exchange": "keys"},
-]
-"""Every other one with each precision: tests/trainer/test_layout_pairs.py has the pairs."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Undisturbed:
+    """What one process computes, each run once."""
+    return Undisturbed(cluster)
 
 
 def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> Any:
-    train = {"steps": STEPS, "seq_len": 32, "global_batch": 4, "precision": precision}
+    train = {"steps": STEPS, "seq_len": 32, "global_batch": 2, "precision": precision}
     return make_config(
-        model={"layers": 4, "vocab": 67, **sections.pop("model", {})},
+        model={"layers": 2, "vocab": 67, **sections.pop("model", {})},
         train={**train, **sections.pop("train", {})},
         numerics=SHARDS,
         parallel=layout,
@@ -51,40 +49,50 @@ def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> 
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("precision", "kv_heads"), [("fp32", 1), ("bf16", 4)])
+@pytest.mark.parametrize(
+    ("layout", "recompute", "precision", "kv_heads"),
+    [
+        ({"tensor": 4}, "none", "fp32", 1),
+        ({"tensor": 4}, "selective", "bf16", 4),
+        ({"tensor": 2, "data": 2, "shard": "parameters"}, "full", "fp32", 1),
+        ({"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}, "none", "bf16", 4),
+    ],
+    ids=str,
+)
 def test_layouts_give_the_bits_of_one_process(
-    cluster: Cluster, precision: str, kv_heads: int
+    undisturbed: Undisturbed,
+    layout: dict[str, Any],
+    recompute: str,
+    precision: str,
+    kv_heads: int,
 ) -> None:
     """With fewer key and value heads than shards, several shards have one in common."""
-    model = {"kv_heads": kv_heads}
-    alone = run_training(cluster, run_of({}, precision, model=model))
-    for layout in LAYOUTS[precision == "bf16" :: 2]:
-        assert run_training(cluster, run_of(layout, precision, model=model)) == alone, layout
+    model, train = {"kv_heads": kv_heads}, {"recompute": recompute}
+    assert undisturbed.has_bits_of(run_of(layout, precision, model=model, train=train))
 
 
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_slices_and_documents_divide_likewise(cluster: Cluster, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ({"context": 2}, "fp32"),
+        ({"tensor": 4, "context": 2, "context_exchange": "keys"}, "fp32"),
+        ({"tensor": 2, "context": 2}, "bf16"),
+    ],
+    ids=str,
+)
+def test_slices_and_documents_divide_likewise(
+    undisturbed: Undisturbed, layout: dict[str, Any], precision: str
+) -> None:
+    """With a loss by chunks of the vocabulary."""
     sections: dict[str, Any] = {
-        "model": {"tie_embeddings": True, "layers": 2},
+        "model": {"tie_embeddings": True, "layers": 1},
         "train": {"context_chunks": 4, "vocab_chunk": 9},
         "data": {"packing": "documents"},
     }
-    alone = run_training(cluster, run_of({}, precision, **sections))
-    for layout in IN_SLICES[precision == "bf16" :: 2]:
-        assert run_training(cluster, run_of(layout, precision, **sections)) == alone, layout
-
-
-@pytest.mark.mp
-@pytest.mark.slow
-def test_recompute_changes_no_bit(cluster: Cluster) -> None:
-    model = {"layers": 2}
-    alone = run_training(cluster, run_of({}, model=model))
-    for tensor, recompute in ((1, "selective"), (2, "selective"), (2, "full")):
-        config = run_of({"tensor": tensor}, model=model, train={"recompute": recompute})
-        assert run_training(cluster, config) == alone, (tensor, recompute)
+    assert undisturbed.has_bits_of(run_of(layout, precision, **sections))
 
 
 @pytest.mark.mp
@@ -95,7 +103,7 @@ def test_recompute_changes_no_bit(cluster: Cluster) -> None:
         ({}, 1),
         ({"tensor": 2, "data": 2, "pipeline": 2}, 4),
         ({"tensor": 4, "context": 2}, 1),
-        ({"tensor": 4, "context": 2}, 4),
+        ({"tensor": 2, "context": 2}, 4),
     ],
     ids=str,
 )
@@ -111,56 +119,46 @@ def test_layouts_equal_autograd_in_float64(
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["backward", "gather"])
-def test_a_loss_in_a_tensor_group_changes_no_bit(
-    cluster: Cluster, start: Starter, phase: str
-) -> None:
-    train = {"steps": 5, "global_batch": 4, "seq_len": 32}
-    model = {"layers": 2, "kv_heads": 1}
-    expected = bits_of(
-        run_training(cluster, make_config(model=model, train=train, numerics=SHARDS))
-    )
+def test_losses_in_tensor_groups_change_no_bit(cluster: Cluster, start: Starter) -> None:
+    """One rank of each group but one is lost, and each time those that are left form groups."""
+    sections: dict[str, Any] = {
+        "train": {"steps": 5, "global_batch": 4, "seq_len": 32},
+        "model": {"layers": 2, "kv_heads": 1},
+        "numerics": SHARDS,
+    }
+    expected = bits_of(run_training(cluster, make_config(**sections)))
+    chaos = [fault("kill", 1, 2, "backward"), fault("kill", 4, 3, "gather")]
     run = start(
-        model=model,
-        train=train,
-        numerics=SHARDS,
-        parallel={"tensor": 2, "data": 2},
-        elastic={"respawn": False, "chaos": [fault("kill", 2, 3, phase)]},
+        **sections,
+        parallel={"tensor": 2, "data": 3},
+        elastic={"respawn": False, "chaos": chaos},
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
+    assert len(run.events("recovered")) == 2
 
 
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", [{"kv_heads": 1}, {"kv_heads": 4}, {"family": "gpt2", "kv_heads": 0}], ids=str
+    "model", [{"kv_heads": 1}, {"family": "gpt2", "kv_heads": 0}], ids=["llama", "gpt2"]
 )
 def test_a_killed_run_resumes_with_another_tensor_degree(
     cluster: Cluster, tmp_path: Path, model: dict[str, Any]
 ) -> None:
-    """A rank with several parts of a matrix saves them, by rows or columns, and loads them."""
-    sections: dict[str, Any] = {
-        "model": {"layers": 2, **model},
-        "train": {"steps": 6},
-        "checkpoint": {"every": 2},
-    }
+    """A rank with several parts of a matrix saves them, by rows or columns, and loads them. Keys
+    and values of GPT-2 have a head for each shard; those of Llama have one in all.
+    """
 
     def train(layout: dict[str, Any], name: str, **more: Any) -> None:
-        config = run_of(layout, "fp32", **{key: dict(keys) for key, keys in sections.items()})
-        cluster.run(
-            "support.runs.small_runs:train_in",
-            world_size_of(config),
-            config=msgspec.to_builtins(config),
-            root=str(tmp_path / name),
-            **more,
-        )
+        config = run_of(layout, model=model, train={"steps": 6}, checkpoint={"every": 2})
+        run_in(cluster, config, tmp_path / name, **more)
 
     train({}, "whole")
     with pytest.raises(Exception, match=r"\S"):
         train({"data": 2, "shard": "parameters"}, "parts", kill=(1, 3))
     with pytest.raises(Exception, match=r"\S"):
-        train({"tensor": 4, "data": 2}, "parts", kill=(1, 5))
+        train({"tensor": 4}, "parts", kill=(1, 5))
     train({"tensor": 2, "pipeline": 2}, "parts")
     told = [
         [(line["loss_hex"], line["grad_norm_hex"]) for line in metrics_of(tmp_path / name)]

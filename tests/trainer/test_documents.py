@@ -20,8 +20,8 @@ from support.runs.small_runs import (
     findings_of,
     make_config,
     metrics_of,
+    run_in,
     run_training,
-    world_size_of,
 )
 
 LENGTHS = [[5, 1, 9, 1], [16], [2, 14]]
@@ -180,31 +180,28 @@ STEPS = 2
 
 def run_of(layout: dict[str, Any], data: dict[str, Any], **keys: dict[str, Any]) -> Any:
     return make_config(
-        train={"steps": STEPS, "seq_len": 32, "global_batch": 6, **keys.pop("train", {})},
+        train={"steps": STEPS, "seq_len": 32, "global_batch": 4, **keys.pop("train", {})},
         data={"kind": "synthetic", "packing": "documents", **data},
         parallel=layout,
         **keys,
     )
 
 
-LAYOUTS: list[dict[str, Any]] = [
-    {"data": 3},
-    {"pipeline": 2, "schedule": "zb-h1"},
-    {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
-    {"data": 2, "shard": "parameters"},
-]
-
-
 @pytest.mark.mp
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_layouts_give_the_same_bits(cluster: Cluster, precision: str) -> None:
-    model = {"layers": 4}
-    alone = run_training(cluster, run_of({}, {}, train={"precision": precision}, model=model))
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [("fp32", {"data": 3}), ("bf16", {"data": 3, "pipeline": 2, "schedule": "zb-h1"})],
+    ids=["fp32", "bf16"],
+)
+def test_layouts_give_the_same_bits(
+    cluster: Cluster, precision: str, layout: dict[str, Any]
+) -> None:
+    """Three replicas; tests/trainer/test_layout_pairs.py has every pair in powers of two."""
+    keys: dict[str, Any] = {"model": {"layers": 2}, "train": {"precision": precision}}
+    alone, divided = (run_training(cluster, run_of(one, {}, **keys)) for one in ({}, layout))
     assert len(set(alone["losses"])) == STEPS
-    for layout in LAYOUTS[precision == "bf16" :: 2]:
-        config = run_of(layout, {}, train={"precision": precision}, model=model)
-        assert run_training(cluster, config) == alone, layout
+    assert divided == alone
 
 
 @pytest.mark.mp
@@ -218,8 +215,8 @@ def test_whole_documents_give_the_same_bits_in_every_layout(
     data = {"kind": "text", "path": [str(tmp_path / "texts.jsonl")], "packing": "best-fit"}
     model = {"vocab": 257, "layers": 2}
     alone = run_training(cluster, run_of({}, data, model=model))
-    for layout in ({"data": 3}, {"pipeline": 2, "data": 2}):
-        assert run_training(cluster, run_of(layout, data, model=model)) == alone, layout
+    layout = {"pipeline": 2, "data": 3}
+    assert run_training(cluster, run_of(layout, data, model=model)) == alone
 
 
 @pytest.mark.mp
@@ -258,25 +255,16 @@ def test_a_killed_run_resumes_in_another_layout_with_the_same_bits(
     keys: dict[str, Any] = {
         "train": {"steps": 6, "eval_every": 3, "eval_batches": 2},
         "model": {"layers": 2},
+        "checkpoint": {"every": 2},
     }
-    whole, first, second = (
-        run_of(layout, {}, checkpoint={"every": 2}, **{k: dict(v) for k, v in keys.items()})
-        for layout in ({}, {"data": 2}, {"pipeline": 2})
-    )
 
-    def train(config: Any, root: Path, **more: Any) -> None:
-        cluster.run(
-            "support.runs.small_runs:train_in",
-            world_size_of(config),
-            config=msgspec.to_builtins(config),
-            root=str(root),
-            **more,
-        )
+    def train(layout: dict[str, Any], name: str, **more: Any) -> None:
+        run_in(cluster, run_of(layout, {}, **keys), tmp_path / name, **more)
 
-    train(whole, tmp_path / "whole")
+    train({}, "whole")
     with pytest.raises(Exception, match=r"\S"):
-        train(first, tmp_path / "parts", kill=(1, 4))
-    train(second, tmp_path / "parts")
+        train({"data": 2}, "parts", kill=(1, 4))
+    train({"pipeline": 2}, "parts")
     told = [
         [(line["loss_hex"], line["grad_norm_hex"]) for line in metrics_of(tmp_path / name)]
         for name in ("whole", "parts")

@@ -1,4 +1,7 @@
-"""Sequences in slices: one number of slices has the same bits in every layout, and is right."""
+"""Sequences in slices: one number of slices has the same bits in every layout, and is right.
+
+tests/trainer/test_layout_pairs.py has every pair of slices and an axis, in powers of two.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,24 @@ from holdfast.trainer.config.rules import problems_of
 from support.processes.cluster import Cluster
 from support.runs.layouts import in_slices, tiny
 from support.runs.small_runs import findings_of, make_config, run_training
+from support.runs.undisturbed import Undisturbed
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
 STEPS = 2
 """The second begins with what the first has changed."""
-LAYOUTS: list[dict[str, Any]] = [
-    {"data": 3},
-    {"pipeline": 2, "schedule": "zb-h1"},
-    {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
-    {"data": 2, "shard": "gradients"},
-    {"data": 3, "shard": "parameters"},
-]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Undisturbed:
+    """What one process computes, each run once."""
+    return Undisturbed(cluster)
 
 
 def run_of(layout: dict[str, Any], slices: int, precision: str, **sections: Any) -> Any:
-    train = {"steps": STEPS, "seq_len": 32, "global_batch": 6, "context_chunks": slices}
+    train = {"steps": STEPS, "seq_len": 32, "global_batch": 4, "context_chunks": slices}
     return make_config(
-        model={"layers": 4, **sections.pop("model", {})},
+        model={"layers": 2, **sections.pop("model", {})},
         train={**train, "precision": precision, **sections.pop("train", {})},
         parallel=layout,
         **sections,
@@ -36,22 +39,34 @@ def run_of(layout: dict[str, Any], slices: int, precision: str, **sections: Any)
 
 
 @pytest.mark.parametrize(
-    ("precision", "packing"), [("fp32", "documents"), ("bf16", "concatenated")]
+    ("precision", "packing", "layout"),
+    [
+        ("fp32", "documents", {"data": 3, "shard": "parameters"}),
+        ("fp32", "documents", {"data": 2, "pipeline": 2, "schedule": "zb-h1"}),
+        (
+            *("bf16", "concatenated"),
+            {
+                **{"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
+                **{"blocks_per_chunk": [0, 1, 1, 0], "shard": "gradients"},
+            },
+        ),
+        ("bf16", "concatenated", {"data": 3}),
+    ],
+    ids=str,
 )
-def test_layouts_give_the_same_bits(cluster: Cluster, precision: str, packing: str) -> None:
-    data = {"packing": packing}
-    alone = run_training(cluster, run_of({}, 4, precision, data=data))
-    assert len(set(alone["losses"])) == STEPS
-    for layout in LAYOUTS:
-        assert run_training(cluster, run_of(layout, 4, precision, data=data)) == alone, layout
+def test_layouts_give_the_same_bits(
+    undisturbed: Undisturbed, precision: str, packing: str, layout: dict[str, Any]
+) -> None:
+    assert undisturbed.has_bits_of(run_of(layout, 4, precision, data={"packing": packing}))
 
 
-def test_recompute_and_chunks_of_the_vocabulary_keep_the_bits(cluster: Cluster) -> None:
-    for chunk in (0, 20):
-        alone = run_training(cluster, run_of({}, 4, "fp32", train={"vocab_chunk": chunk}))
-        for recompute in ("full", "selective"):
-            train = {"vocab_chunk": chunk, "recompute": recompute}
-            assert run_training(cluster, run_of({}, 4, "fp32", train=train)) == alone
+@pytest.mark.parametrize("chunk", [0, 20])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recompute_and_chunks_of_the_vocabulary_keep_the_bits(
+    undisturbed: Undisturbed, chunk: int, recompute: str
+) -> None:
+    train = {"vocab_chunk": chunk, "recompute": recompute}
+    assert undisturbed.has_bits_of(run_of({}, 4, "fp32", train=train))
 
 
 def test_the_number_of_slices_changes_results_by_rounding_only(cluster: Cluster) -> None:

@@ -1,4 +1,7 @@
-"""Sequences that pass the pipeline in stretches: the bits of one process, also through losses."""
+"""Sequences that pass the pipeline in stretches: the bits of one process, also through losses.
+
+tests/trainer/test_layout_pairs.py has pairs of everything with two stretches; here are four.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,11 @@ from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.layouts import in_slices, tiny
 from support.runs.small_runs import findings_of, make_config, run_training
+from support.runs.undisturbed import Undisturbed
 
 INTERLEAVED = {"virtual": 2, "schedule": "interleaved-1f1b"}
-LAYOUTS: list[dict[str, Any]] = [
-    {"stretches": 4},
-    {"stretches": 2, "pipeline": 2, "virtual": 2, "schedule": "gpipe"},
-    {"stretches": 4, "pipeline": 2, "data": 2, **INTERLEAVED},
-    {"stretches": 4, "pipeline": 4},
-    {"stretches": 2, "pipeline": 2, "context": 2, "context_exchange": "heads"},
-    {"stretches": 2, "pipeline": 2, "context": 2, "tensor": 2},
-]
-"""Every other one with each precision: tests/trainer/test_layout_pairs.py has the pairs."""
-
-FEW = {"context_chunks": 4, "seq_len": 32}
-"""Slices enough for runs of several processes."""
+FEW = {"context_chunks": 4, "seq_len": 32, "global_batch": 3}
+"""Slices and micro-batches enough for runs of several processes."""
 
 
 def run_of(layout: dict[str, Any], **sections: Any) -> Any:
@@ -47,33 +41,68 @@ def run_of(layout: dict[str, Any], **sections: Any) -> Any:
     )
 
 
+FOUR_CHUNKS = {"blocks_per_chunk": [0, 1, 1, 0]}
+
+
+def few_of(layout: dict[str, Any], *, packing: str = "concatenated", **keys: Any) -> Any:
+    """A run of processes: of two layers and three micro-batches."""
+    offload = {"offload": keys.pop("offload")} if "offload" in keys else {}
+    return make_config(
+        model={"layers": 2, "kv_heads": 2},
+        train={"steps": 2, **FEW, **keys},
+        data={"packing": packing},
+        parallel=layout,
+        **offload,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Undisturbed:
+    """What one process computes, each run once."""
+    return Undisturbed(cluster)
+
+
 @pytest.mark.mp
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("precision", "packing", "recompute"),
-    [("fp32", "documents", "full"), ("bf16", "concatenated", "none")],
+    ("layout", "precision", "packing", "recompute"),
+    [
+        ({"stretches": 4}, "fp32", "documents", "full"),
+        (
+            {"stretches": 4, "pipeline": 2, "data": 2, **INTERLEAVED, **FOUR_CHUNKS},
+            *("fp32", "documents", "full"),
+        ),
+        (
+            {"stretches": 2, "pipeline": 2, "virtual": 2, "schedule": "gpipe", **FOUR_CHUNKS},
+            *("bf16", "concatenated", "none"),
+        ),
+        ({"stretches": 4, "pipeline": 4, **FOUR_CHUNKS}, "bf16", "concatenated", "none"),
+        (
+            {"stretches": 2, "pipeline": 2, "context": 2, "context_exchange": "heads"},
+            *("fp32", "documents", "full"),
+        ),
+    ],
+    ids=str,
 )
 def test_stretches_give_the_bits_of_one_process(
-    cluster: Cluster, precision: str, packing: str, recompute: str
+    undisturbed: Undisturbed,
+    layout: dict[str, Any],
+    precision: str,
+    packing: str,
+    recompute: str,
 ) -> None:
-    keys: dict[str, Any] = {
-        "train": {**FEW, "precision": precision, "recompute": recompute},
-        "data": {"packing": packing},
-    }
-    alone = run_training(cluster, run_of({}, **keys))
-    for layout in LAYOUTS[precision == "bf16" :: 2]:
-        assert run_training(cluster, run_of(layout, **keys)) == alone, layout
+    config = few_of(layout, precision=precision, recompute=recompute, packing=packing)
+    assert undisturbed.has_bits_of(config)
 
 
 @pytest.mark.mp
 @pytest.mark.slow
 def test_activations_of_stretches_are_offloaded(cluster: Cluster) -> None:
-    train = {**FEW, "recompute": "selective"}
-    alone = run_training(cluster, run_of({}, train=train))
-    offload = {"activations": "ssd"}
+    alone = run_training(cluster, few_of({}, recompute="selective"))
     layout = {"stretches": 4, "pipeline": 2}
-    assert run_training(cluster, run_of(layout, train=train, offload=offload)) == alone
+    config = few_of(layout, recompute="selective", offload={"activations": "ssd"})
+    assert run_training(cluster, config) == alone
 
 
 @pytest.mark.mp
@@ -113,8 +142,8 @@ def expected(cluster: Cluster) -> dict[str, Any]:
             **{"pipeline": 2, "data": 2, "stretches": 4, "blocks_per_chunk": [0, 1, 1, 0]},
             **INTERLEAVED,
         },
-        {"pipeline": 2, "tensor": 2, "data": 2, "stretches": 4},
-        {"pipeline": 2, "context": 2, "data": 2, "stretches": 2},
+        {"tensor": 2, "data": 2, "stretches": 4},
+        {"context": 2, "data": 2, "stretches": 2},
     ],
     ids=str,
 )

@@ -102,16 +102,19 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"tensor": 2, "pipeline": 2, "sequence_parallel": False, "schedule": "zb-h1"}, {}),
     ({"tensor": 2}, {"vocab": 19}),
     ({"tensor": 4, "sequence_parallel": False}, {"vocab": 19, "intermediate": 23}),
+    ({"pipeline": 2}, {"tie_embeddings": True}),
     ({"tensor": 2, "pipeline": 2, "data": 2}, {"tie_embeddings": True}),
     ({"pipeline": 2, "virtual": 2, "schedule": "zb-v", "data": 3}, {"tie_embeddings": True}),
     ({"pipeline": 2, "virtual": 2, "schedule": "gpipe", "data": 2}, {}),
     ({"pipeline": 3, "virtual": 2, "schedule": "zb-v"}, {}),
+    ({"pipeline": 2, "blocks_per_chunk": [3, 1]}, {"layers": 4}),
     ({"pipeline": 3, "blocks_per_chunk": [0, 2, 2]}, {"layers": 4}),
     ({"data": 3, "pipeline": 2, "micro_batch_order": "shuffled"}, {}),
     ({"data": 4, "shard": "gradients", "shard_group": 2}, {"tie_embeddings": True}),
     ({"tensor": 2, "data": 2, "shard": "parameters"}, {"tie_embeddings": True}),
     ({"pipeline": 2, "data": 2, "schedule": "zb-h1", "shard": "parameters"}, {}),
     ({"tensor": 2, "data": 2, "shard": "gradients"}, {"kv_heads": 1}),
+    ({"tensor": 4, "data": 2, "shard": "parameters"}, {"kv_heads": 2}),
 ]
 
 
@@ -137,6 +140,7 @@ def test_recompute_agrees(cluster: Cluster, layout: dict[str, Any], recompute: s
     "layout",
     [
         {"tensor": 2, "sequence_parallel": False},
+        {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"},
         {"data": 2},
     ],
     ids=str,

@@ -78,8 +78,9 @@ def test_kills_in_every_phase_change_no_bit(
     assert all(event["replayed_steps"] <= 1 for event in recovered)
 
 
+@pytest.mark.parametrize("redundancy", [1, 2])
 def test_kills_while_messages_are_on_their_way_change_no_bit(
-    start: Starter, undisturbed: Undisturbed
+    start: Starter, undisturbed: Undisturbed, redundancy: int
 ) -> None:
     faults = [
         fault("kill", 2, 2, "exchange"),  # sums have arrived at some owners and not at others
@@ -90,7 +91,7 @@ def test_kills_while_messages_are_on_their_way_change_no_bit(
     run = start(
         **sections,
         parallel={"data": 4, "bucket_elements": 500},
-        elastic=pace({"chaos": faults, "redundancy": 2, "respawn": False}, PACE_S, rank=3),
+        elastic=pace({"chaos": faults, "redundancy": redundancy, "respawn": False}, PACE_S, rank=3),
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == undisturbed(**sections)
@@ -114,9 +115,9 @@ def test_kills_of_ranks_that_share_gradients_and_parameters_change_no_bit(
         (3, 6, "gather"),  # its own parameters are updated, and no other's
         (0, 8, "compute"),
     ]
-    if replaced:
-        kills = [kills[0], kills[2]]
-    sections = {"train": TRAIN, "model": SHALLOW}
+    if replaced:  # which takes a step or two
+        kills = [(rank, step + step // 2, phase) for rank, step, phase in kills]
+    sections = {"train": {**TRAIN, "steps": kills[-1][1] + 2}, "model": SHALLOW}
     run = start(
         **sections,
         parallel={"data": 4 if replaced else 5, "shard": shard, "shard_group": group},

@@ -25,10 +25,10 @@ SECTIONS: dict[str, Any] = {
         "router_aux_loss_coef": 0.1,
         "router_bias_speed": 0.05,
     },
-    "train": {"steps": 7, "global_batch": 4, "seq_len": 32},
+    "train": {"steps": 5, "global_batch": 4, "seq_len": 32},
     "numerics": {"tensor_shards": 4},
 }
-KILLS = [(1, 2, "compute"), (6, 4, "backward"), (3, 6, "reduce")]
+KILLS = [(1, 2, "compute"), (6, 3, "backward"), (3, 5, "reduce")]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_three_of_eight_ranks_with_experts_are_lost(
                 "local_nodes": 4,
                 "chaos": [fault("kill", rank, step, phase) for rank, step, phase in KILLS],
             },
-            0.3,
+            1.0 if respawn else 0.1,
         ),
     )
     assert run.finish() == 0, run.output()

@@ -92,7 +92,7 @@ def test_a_context_group_loses_a_rank(
     sections: dict[str, Any] = {
         **SHALLOW,
         "numerics": {"tensor_shards": shards},
-        "train": {**TRAIN, "steps": 5, "global_batch": 4, "context_chunks": 2, "precision": "bf16"},
+        "train": {**TRAIN, "steps": 4, "global_batch": 4, "context_chunks": 2, "precision": "bf16"},
         "data": {"packing": "documents"},
     }
     run = start(

@@ -80,7 +80,8 @@ def test_a_server_that_hangs_is_told_and_given_up(monkeypatch: pytest.MonkeyPatc
         with server(silent) as address:
             _, (told, reason) = wait_for(address, limit_s=6.0)
             assert "since 5 s (" in told
-            assert "timed out" in reason
+            # On a busy machine the time is over when the part of a page is read.
+            assert "timed out" in reason or (silent and "does not end" in reason)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,7 @@ def own_program(plan: Plan, rank: int) -> Program:
     at = plan.stage_replicas.find(rank)
     if at is None or not plan.is_regular:
         return compute_program(plan, rank)
-    count = len(plan.micro_batches[at.data])
-    return _regular_programs(plan, "train", compute_programs, count)[at.pipeline]
+    return _regular_program(plan, "train", compute_programs, at)
 
 
 def evaluation_program(plan: Plan, rank: int) -> Program:
@@ -77,8 +76,8 @@ def _compute_program(
         return ()
     if plan.is_regular and only is None:
         numbers = plan.micro_batches[at.data]
-        local = _regular_programs(plan, kind, generate, len(numbers))
-        return tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local[at.pipeline])
+        local = _regular_program(plan, kind, generate, at)
+        return tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local)
     return _rerouted(plan, kind, at, only, generate)
 
 
@@ -119,11 +118,10 @@ def message_units(plan: Plan, rank: int, peer: int, *, sends: bool) -> tuple[int
     return routes[shard_of(receiver)].get(shard_of(sender), ())
 
 
-def _regular_programs(
-    plan: Plan, kind: str, generate: _Generator, micro_batches: int
-) -> tuple[Program, ...]:
-    """The programs of a replica with this many micro-batches from 0 on, by pipeline index."""
-    return plan.derived(
+def _regular_program(plan: Plan, kind: str, generate: _Generator, at: Coordinates) -> Program:
+    """The program at a place of a regular plan, with its replica's micro-batches from 0 on."""
+    micro_batches = len(plan.micro_batches[at.data])
+    programs = plan.derived(
         "regular programs",
         (kind, micro_batches),
         lambda: generate(
@@ -134,6 +132,7 @@ def _regular_programs(
             plan.stretches,
         ),
     )
+    return programs[at.pipeline]
 
 
 def _computing_replicas(plan: Plan) -> tuple[dict[int, int], ...]:

@@ -186,21 +186,30 @@ def _serve_client(connection: socket.socket, script: Path | None) -> None:
             script=None if module else script,
             module=module,
         )
-        heed = threading.Thread(target=_pass_signals, args=(connection, command.pid), daemon=True)
+        ended = threading.Event()
+        heeded = connection, command.pid, ended
+        heed = threading.Thread(target=_pass_signals, args=heeded, daemon=True)
         heed.start()
         code = command.wait()
+        ended.set()
         with suppress(OSError):  # its client may have been killed
             connection.send(str(code).encode())
         heed.join()
 
 
-def _pass_signals(connection: socket.socket, pid: int) -> None:
-    """Send a command the signals that its client gets, and kill it once its client is gone."""
+def _pass_signals(connection: socket.socket, pid: int, ended: threading.Event) -> None:
+    """Send a command the signals that its client gets, and kill it once its client is gone.
+
+    Args:
+        ended: set when the command has ended: another process may have its number then.
+    """
     with suppress(OSError):
         while told := connection.recv(16):
-            os.kill(pid, int(told))
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+            if not ended.is_set():
+                os.kill(pid, int(told))
+    if not ended.is_set():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run(

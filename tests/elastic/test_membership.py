@@ -47,6 +47,8 @@ pytestmark = pytest.mark.mp
 
 SECRET = new_secret()
 KEY = derived_key(SECRET, "lighthouse")
+HELD_S = 4.0
+"""How long a process holds its interpreter's lock."""
 
 
 def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> WorkerSpec:
@@ -90,7 +92,7 @@ def _in_threads(*calls: Any) -> list[Any]:
 def _hold_the_lock(address: str) -> None:
     identity = replica_id("test", Identity(0))
     heartbeats = Heartbeats(address, identity, 100)
-    ctypes.PyDLL(None).usleep(2_000_000)
+    ctypes.PyDLL(None).usleep(int(HELD_S * 1e6))
     heartbeats.close()
 
 
@@ -112,7 +114,7 @@ def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
             break
         process.join(0.02)
     assert process.exitcode == 0
-    assert worst_s < 1.5  # the lock was held for 2 s
+    assert worst_s < 0.75 * HELD_S
     tunnels.close()
     lighthouse.close()
 
@@ -216,7 +218,7 @@ def test_a_minority_gives_up_with_a_reason(members: list[Membership]) -> None:
     for member in members[:2]:
         member.close()
     with pytest.raises(Minority, match=r"no majority of generation 1 \(ranks 0-2\)"):
-        members[2].agree(step=0, phase="alone", timeout_s=2.0)
+        members[2].agree(step=0, phase="alone", timeout_s=4.0)
 
 
 def test_two_processes_cannot_report_as_one_worker(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_an_idle_lighthouse_restart_changes_nothing(tmp_path: Path) -> None:
         run.lighthouse.kill()
         run.lighthouse.join()
         run.lighthouse = run.start_lighthouse()
-        run.more_steps(0, 50)
+        run.more_steps(0, 200)  # silence counts again a while after its return
         assert run.generation(0) == first
         log = json.dumps((tmp_path / "a.log").read_text())
         assert "no heartbeat" not in log

@@ -47,7 +47,7 @@ def _reach(run: Run, rank: int, ranks: list[str], after: int = 0) -> dict[str, A
 def test_the_minority_stops_and_the_majority_goes_on(tmp_path: Path) -> None:
     with (
         network("abc") as net,
-        demonstration(tmp_path, 5, hub=net.hub, agree_s=5.0, store_s=2.0) as run,
+        demonstration(tmp_path, 5, hub=net.hub, agree_s=8.0, store_s=2.0) as run,
     ):
         _start(run, net)
         first = _reach(run, 0, ["0", "1", "2", "3", "4"])

@@ -73,7 +73,7 @@ def test_a_worker_that_all_others_wait_for_is_killed_and_replaced(tmp_path: Path
         run.fault("3", "hang")
         run.reach(0, ["0", "1", "2", "3.1"], after=first["number"])
         log = (tmp_path / "b.log").read_text()
-        assert re.search(r"rank 3 is killed: hung: rank 0 has waited 1\.\d s for rank 3", log)
+        assert re.search(r"rank 3 is killed: hung: rank 0 has waited \d+\.\d s for rank 3", log)
 
 
 def test_the_others_go_on_when_a_node_dies(tmp_path: Path) -> None:

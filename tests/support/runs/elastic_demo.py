@@ -53,8 +53,11 @@ LOOK_S = 0.01
 PACE_S = 0.02
 """Between two steps: demonstrations are about what ends them."""
 
-HANG_S = 1.0
+HANG_S = 2.0
 """The patience of agents with workers that hang."""
+
+PATIENT_MS = 2000
+"""The patience with workers that are silent: processes of these tests share a few cores."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def run_lighthouse(host: str, port: int, network: str, key: bytes) -> None:
     die_with(os.getppid())
     if network:
         enter_network(network)
-    _server = Lighthouse(host, key, port, heartbeat_timeout_ms=600)
+    _server = Lighthouse(host, key, port, heartbeat_timeout_ms=PATIENT_MS)
     signal.pause()
 
 
@@ -257,7 +260,7 @@ class Run:
         self.nodes: dict[str, BaseProcess] = {}
         self._read: dict[int, tuple[int, list[dict[str, Any]]]] = {}
         self.min_ranks = 1
-        self.heartbeat_timeout_ms = 600
+        self.heartbeat_timeout_ms = PATIENT_MS
         self.secret = new_secret()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

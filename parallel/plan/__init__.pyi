@@ -66,6 +66,7 @@ from .sharding import (
     contribution_order as contribution_order,
     is_whole as is_whole,
     keepers as keepers,
+    keeps_parameters as keeps_parameters,
     shard_group as shard_group,
     shards as shards,
     use_order as use_order,

@@ -286,14 +286,12 @@ class Plan:
         """The ranks of a stage that hold one of some parts of its parameters, by replica."""
 
         def find() -> tuple[int, ...]:
+            replicas = self.stage_replicas.stages[stage]
             shards: dict[int, list[int]] = {}
-            ranks: list[int] = []
-            for replica, held in enumerate(self.stage_replicas.stages[stage]):
-                if len(held) not in shards:
-                    of_part = self._mesh_at(stage, replica).shards_of_part
-                    shards[len(held)] = sorted({k for part in parts for k in of_part[part]})
-                ranks += (held[shard] for shard in shards[len(held)])
-            return tuple(ranks)
+            for size, replica in {len(held): place for place, held in enumerate(replicas)}.items():
+                of_part = self._mesh_at(stage, replica).shards_of_part
+                shards[size] = sorted({shard for part in parts for shard in of_part[part]})
+            return tuple([held[shard] for held in replicas for shard in shards[len(held)]])
 
         return self.derived("holders", (parts, stage), find)
 

@@ -94,6 +94,10 @@ class _Candidates:
             for order, (penalty, rank) in enumerate(ranked)
         ]
         heapify(self._heap)
+        self._nodes: dict[int, set[str]] = {}
+        """By penalty, the nodes of its ranks."""
+        for penalty, rank in ranked:
+            self._nodes.setdefault(penalty, set()).add(node_of[rank])
 
     def best(self, kept: Sequence[int]) -> int | None:
         """The rank with the least penalty, best on another node than those that are kept, and with
@@ -109,7 +113,7 @@ class _Candidates:
                 heapreplace(self._heap, (penalty, now, order, rank))
                 continue
             if rank not in kept:
-                if self._node_of[rank] not in nodes:
+                if self._node_of[rank] not in nodes or self._nodes[penalty] <= nodes:
                     found = place
                     break
                 found = found or place

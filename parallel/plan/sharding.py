@@ -67,9 +67,9 @@ def shard_groups(plan: Plan, part: int, stage: int, kept: KeptKind) -> tuple[Sha
 
 
 def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
-    """The shard group of a rank; a spare is alone."""
+    """The shard group of a rank; a spare is alone, and so is each rank where none share."""
     place = plan.stage_replicas.find(rank)
-    if place is None:
+    if place is None or not shards(plan, kept):
         return ShardGroup((rank,))
     groups = shard_groups(plan, plan.parts_of(rank)[0], place.pipeline, kept)
     return groups[_positions(plan, kept)[rank][0]]
@@ -113,6 +113,17 @@ def all_keepers(plan: Plan, block: Block, kept: KeptKind) -> tuple[int, ...]:
     for layer in plan.tied_layers(block):
         found.update(keepers(plan, block, kept, layer))
     return tuple(sorted(found))
+
+
+def keeps_parameters(plan: Plan, block: Block, rank: int) -> bool:
+    """Whether a rank is among the keepers of a block's parameters at any use. Pure."""
+    uses = (block.layer, *plan.tied_layers(block))
+    if shards(plan, "parameters"):
+        return any(rank in keepers(plan, block, "parameters", layer) for layer in uses)
+    place = plan.stage_replicas.find(rank)
+    if place is None or place.pipeline not in map(plan.stage_of_layer, uses):
+        return False
+    return not frozenset(plan.parts_of(rank)).isdisjoint(plan.spec_of(block).copies)
 
 
 def _positions(plan: Plan, kept: KeptKind) -> Mapping[int, tuple[int, int]]:

@@ -10,7 +10,7 @@ import msgspec
 
 from holdfast.checkpoint.format import expanded
 from holdfast.checkpoint.model_config import read_config
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, shown
 from holdfast.parallel.reading import read_regular
 from holdfast.trainer.models import FAMILIES, family_of
 
@@ -39,12 +39,12 @@ def fill_from_folder(table: dict[str, Any]) -> None:
     if _is_whole(model):
         return  # as a run has it, which needs the folder no more
     described = _described(folder)
-    said = f"model.from_hf = {str(folder)!r}"
+    said = f"model.from_hf = {shown(str(folder))}"
     kind = described.get("model_type")
     family = family_of(kind) if isinstance(kind, str) and kind in FAMILIES else None
     if family is None or family.section_of is None:
         allowed = ", ".join(repr(name) for name in FAMILIES)
-        raise ConfigError(f"{said}: its model_type is {kind!r}; allowed are {allowed}")
+        raise ConfigError(f"{said}: its model_type is {shown(kind)}; allowed are {allowed}")
     try:
         found = {key: msgspec.to_builtins(v) for key, v in family.section_of(described).items()}
     except ValueError as error:
@@ -67,10 +67,10 @@ def _described(folder: Path) -> dict[str, Any]:
         return read_config(read_regular(path))
     except OSError as error:
         raise ConfigError(
-            f"model.from_hf = {str(folder)!r}: {path} cannot be read: {error.strerror}; name the "
-            "folder of a Hugging Face model"
+            f"model.from_hf = {shown(str(folder))}: its config.json cannot be read: "
+            f"{error.strerror}; name the folder of a Hugging Face model"
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"model.from_hf = {str(folder)!r}: {path} cannot be read: {error}"
+            f"model.from_hf = {shown(str(folder))}: its config.json cannot be read: {error}"
         ) from error

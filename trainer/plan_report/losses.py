@@ -16,8 +16,8 @@ from holdfast.parallel.plan import (
     BlockKey,
     Plan,
     Roster,
-    all_keepers,
     held_blocks,
+    keeps_parameters,
     plan_block_transfers,
     replan,
     with_shadows,
@@ -150,8 +150,8 @@ def elastic_report(
             plan.blocks[index], plan.owners[index], shadows, strict=True
         ):
             sent[owner] += block.elements * len(holders)
-            users = all_keepers(plan, block, "parameters") if holders else ()
-            spared[owner] += block.elements * len(set(users) & set(holders))
+            users = sum(keeps_parameters(plan, block, rank) for rank in holders)
+            spared[owner] += block.elements * users
             for holder in holders:
                 kept[holder] += block.elements
             unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1

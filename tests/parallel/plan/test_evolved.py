@@ -107,9 +107,8 @@ def test_the_table_names_every_derived_value_and_fields_that_exist() -> None:
     plan = anew(first_plan(data=3, pipeline=2))
     uneven = replan(plan, Roster((0, 1, 2, 3, 4), NODES), generation=1)
     many = uneven.evolved(micro_batches=plan.micro_batches)
-    derived(plan)
-    derived(many)
-    asked = {name for p in (plan, many) for name, known in p._derived.items() if known}
+    plans = (plan, many, plan.evolved(shard="parameters", shard_group=2))
+    asked = {name for p in plans if derived(p) for name, known in p._derived.items() if known}
     # Only plans too large for the list scheduler take these two for training; evaluation always
     # does.
     assert asked == set(DERIVED_FROM)

@@ -15,7 +15,7 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks, spread_owners
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
-from holdfast.parallel.plan.sharding import all_keepers
+from holdfast.parallel.plan.sharding import all_keepers, keeps_parameters
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
@@ -99,6 +99,7 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
     covers(specs, parameter_layout(plan))
     covers(specs, optimizer_layout(plan))
     held = parameter_layout(plan).holdings
+    shared = plan.evolved(shard="parameters", shard_group=2)
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
             keeping = all_keepers(plan, block, "parameters")
@@ -108,6 +109,10 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
             assert keeping == tuple(
                 rank for rank in range(mesh.size) if spec.box in held[rank].get(spec.name, ())
             )
+            for kept in (plan, shared):
+                keep = [keeps_parameters(kept, block, rank) for rank in range(mesh.size)]
+                keeping = all_keepers(kept, block, "parameters")
+                assert keeping == tuple(rank for rank, keeps in enumerate(keep) if keeps)
 
 
 def test_blocks_do_not_depend_on_replicas_or_stages() -> None:

@@ -68,6 +68,7 @@ def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
         (f"parallel.virtual=1{'0' * 30}", "is not divisible by parallel.pipeline x"),
         ("model.rope_theta=nan", "model.rope_theta = nan: must be a finite number"),
         ("model.rope_theta=0", "must be greater than 0"),
+        (f"model.from_hf={'x' * 5000}", "x…: its config.json cannot be read: File name too long"),
         ("model.init_std=inf", "must be a finite number"),
         ("offload.limit_gib=inf", "must be a finite number"),
         ("offload.limit_mib_per_s=1e-300", "must be 0, or 1e-06 or more"),

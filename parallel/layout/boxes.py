@@ -61,6 +61,11 @@ class Box:
             return None
         return Box(start, stop)
 
+    def around(self, other: Box) -> Box:
+        """The smallest box that contains both."""
+        start = tuple(map(min, self.start, other.start))
+        return Box(start, tuple(map(max, self.stop, other.stop)))
+
     def contains(self, other: Box) -> bool:
         return all(a <= b for a, b in zip(self.start, other.start, strict=True)) and all(
             a >= b for a, b in zip(self.stop, other.stop, strict=True)

@@ -46,8 +46,9 @@ class ParameterSpec:
     summed: tuple[int, ...] = ()
     """The copies that see a part of the gradient each, so that all of their sums are added; empty
     if each copy sees all of it, and that of the first one counts."""
-    whole: bool = False
-    """Whether the optimizer updates it as one, so that all of its rows are one block."""
+    whole: Box | None = None
+    """The box of the logical tensor that the optimizer updates as one, which other parts may have
+    some of: the rows here are one block. None: its rows are updated apart."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
     balance: float | None = None
@@ -66,6 +67,10 @@ class ParameterSpec:
     @property
     def elements(self) -> int:
         return self.box.elements
+
+    def updated_together(self, elements: int) -> int:
+        """The elements of what is updated as one with a block of so many of this row's elements."""
+        return elements if self.whole is None else self.whole.elements
 
     def is_first(self, part: int) -> bool:
         """Whether a part's segment is the one that counts: once for all copies and uses."""

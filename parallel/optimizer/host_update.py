@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import OwnedParameters, Span
 
 
 class HostUpdate:
@@ -20,7 +20,7 @@ class HostUpdate:
 
     def __init__(
         self,
-        buffer: ParameterBuffer,
+        parameters: OwnedParameters,
         places: Sequence[Span],
         gradients: Tensor,
         master: Tensor | None,
@@ -28,11 +28,12 @@ class HostUpdate:
         """Allocate page-locked memory beside a GPU.
 
         Args:
-            places: the places of the blocks in `buffer`, in their order in `gradients`.
+            places: the places of the blocks in `parameters`, in their order in `gradients`.
             gradients: those of the blocks, flat, on the device.
             master: their master copies on the host; None: the parameters themselves are updated.
         """
-        self._buffer, self._places, self._device_gradients = buffer, places, gradients
+        self._parameters, self._places = parameters, places
+        self._device_gradients = gradients
         pinned = gradients.device.type == "cuda"
         self.gradients: Tensor = torch.empty(
             gradients.shape, dtype=gradients.dtype, pin_memory=pinned
@@ -56,7 +57,7 @@ class HostUpdate:
             if self._is_copy:
                 start = span.start
                 for place in self._places[first:last]:
-                    values = self._buffer.part(place.start, place.stop)
+                    values = self._parameters.part(place.start, place.stop)
                     self.master[start : start + place.elements].copy_(values, non_blocking=True)
                     start += place.elements
             if self._device_gradients.device.type == "cuda":
@@ -76,6 +77,6 @@ class HostUpdate:
             start: their first element.
         """
         for place in self._places[first:last]:
-            values = self._buffer.part(place.start, place.stop)
+            values = self._parameters.part(place.start, place.stop)
             values.copy_(self.master[start : start + place.elements], non_blocking=True)
             start += place.elements

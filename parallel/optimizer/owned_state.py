@@ -11,7 +11,11 @@ from torch import Tensor
 
 from holdfast.parallel.optimizer.exchange import OwnedBlock
 from holdfast.parallel.optimizer.host_update import HostUpdate
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import (
+    OwnedParameters,
+    ParameterBuffer,
+    Span,
+)
 from holdfast.parallel.optimizer.rules import (
     MASTER,
     BlockUpdate,
@@ -30,6 +34,8 @@ class OwnedState:
 
     form: StateFormat
     buffer: ParameterBuffer
+    parameters: OwnedParameters
+    """Those of the blocks."""
     blocks: tuple[OwnedBlock, ...]
     step: Tensor
     """float32 scalar: the number of updates applied."""
@@ -66,16 +72,19 @@ class OwnedState:
             for kind in form.saved
         }
         gradients = torch.zeros(end, dtype=form.dtype, device=device)
+        guests = sum(block.block.elements for block in blocks if block.is_guest)
+        parameters = OwnedParameters(buffer, guests)
         places = [Span(block.start, block.stop) for block in blocks]
         state = cls(
             form,
             buffer,
+            parameters,
             blocks,
             step=torch.zeros((), dtype=torch.float32, device=place),
             gradients=gradients,
             kinds=zeros,
             spans=tuple(spans),
-            host=HostUpdate(buffer, places, gradients, zeros.get(MASTER)) if on_host else None,
+            host=HostUpdate(parameters, places, gradients, zeros.get(MASTER)) if on_host else None,
         )
         for kind in form.rule.kinds:
             if kind.initial:
@@ -94,6 +103,13 @@ class OwnedState:
             return None
         return replace(self, step=self.step.clone())
 
+    def restore(self, step: int) -> None:
+        """Go on after `step` updates, with the state that has been filled."""
+        self.step.fill_(step)
+        for number, block in enumerate(self.blocks):
+            if block.is_guest:  # no rank sends it to its owner
+                self.round_masters(number, number + 1)
+
     def restart(self) -> None:
         """Reset to the state before the first update, for the present parameters."""
         self.step.zero_()
@@ -106,7 +122,7 @@ class OwnedState:
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks, self.spans, strict=True):
-                values = self.buffer.part(block.start, block.stop)
+                values = self.parameters.part(block.start, block.stop)
                 master[span.start : span.stop].copy_(values)
 
     def round_masters(self, begin: int, end: int) -> None:
@@ -114,14 +130,14 @@ class OwnedState:
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks[begin:end], self.spans[begin:end], strict=True):
-                values = self.buffer.part(block.start, block.stop)
+                values = self.parameters.part(block.start, block.stop)
                 values.copy_(master[span.start : span.stop])
 
     def block(self, number: int) -> dict[str, Tensor]:
         """One block's live state by kind (`form.held`), flat."""
         block, span = self.blocks[number], self.spans[number]
         found = {kind: values[span.start : span.stop] for kind, values in self.kinds.items()}
-        return {MASTER: self.buffer.part(block.start, block.stop), **found}
+        return {MASTER: self.parameters.part(block.start, block.stop), **found}
 
     def updates(self, groups: ParameterGroups[Any]) -> list[BlockUpdate]:
         """The input of the update, for each block."""
@@ -134,7 +150,7 @@ class OwnedState:
             )
             if self.host is not None:
                 state[MASTER], gradients = self.host.master[here], self.host.gradients
-            place = groups.place(block.segment.spec)
+            place = groups.place(block.spec)
             found.append(block_update(self.form, state, gradients[here], place))
         return found
 

@@ -198,3 +198,27 @@ class ParameterBuffer:
             for span in kept.within(first, first + segment.spec.elements):
                 rows = (span.start - first) // row, (span.stop - first) // row
                 yield segment, rows, kept.of(values, span.start, span.stop)
+
+
+class OwnedParameters:
+    """The parameters of a rank's own blocks: in its buffer, but for its guests.
+
+    Guests are blocks of parts that the rank does not hold. Their places follow the rank's index
+    space. Local.
+    """
+
+    def __init__(self, buffer: ParameterBuffer, guests: int) -> None:
+        """Guests are zero until they are filled.
+
+        Args:
+            guests: the number of their elements.
+        """
+        self._buffer = buffer
+        self._guests = torch.zeros(guests, dtype=buffer.values.dtype, device=buffer.values.device)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """The parameters [start, stop) of one block, or of neighbours in the buffer: a view."""
+        beyond = start - self._buffer.elements
+        if beyond >= 0:
+            return self._guests[beyond : beyond + stop - start]
+        return self._buffer.part(start, stop)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from holdfast.parallel.optimizer.rules import (
     Place,
     StateFormat,
 )
-from holdfast.parallel.plan import BlockKey, Plan
+from holdfast.parallel.plan import BlockKey, Plan, update_ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ class ShadowedBlock:
 
 
 def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
-    """The blocks that a rank follows, by owner and block, each owner's together. Pure."""
+    """The blocks that a rank follows, each owner's together and in its order. Pure."""
     mine = sorted(
-        (plan.owners[index][place], index, place)
+        (plan.owners[index][place], plan.depth((index, place)))
         for followers in (plan.shadows, plan.incoming)
         for index, found in enumerate(followers)
         for place, ranks in enumerate(found)
@@ -57,8 +58,8 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     )
     blocks: list[ShadowedBlock] = []
     start = 0
-    for owner, index, place in mine:
-        block = plan.block((index, place))
+    for owner, (*_, key) in mine:
+        block = plan.block(key)
         stop = start + block.elements
         blocks.append(ShadowedBlock(block.key, owner, plan.spec_of(block), start, stop))
         start = stop
@@ -178,9 +179,18 @@ class ShadowState:
             self.blocks, form, device, in_host_memory=in_host_memory
         )
         self._staged: dict[str, Tensor] | None = None
-        """Device tensors of the largest block's size, if copies lie in host memory; else None."""
+        """Device tensors for what is updated as one, if copies lie in host memory; else None."""
+        ends = update_ends(
+            (size, block.spec.updated_together(size))
+            for block in self.blocks
+            for size in (block.stop - block.start,)
+        )
+        self._runs = list(pairwise([0, *sorted(set(ends))]))
+        """The blocks [first, last) that are updated as one: those of a matrix, or each alone."""
         if in_host_memory:
-            largest = max((block.stop - block.start for block in self.blocks), default=0)
+            largest = max(
+                (self.blocks[b - 1].stop - self.blocks[a].start for a, b in self._runs), default=0
+            )
             self._staged = {
                 kind: torch.empty(largest, dtype=form.precision_of(kind).dtype, device=device)
                 for kind in form.held
@@ -265,14 +275,20 @@ class ShadowState:
         self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float, fence: Fence | None
     ) -> None:
         """Update copies in host memory block by block, through device memory."""
-        for number, block in enumerate(self.blocks):
+        for first, last in self._runs:
             if fence is not None:
-                fence(number)
-            here, size = slice(block.start, block.stop), block.stop - block.start
+                fence(last - 1)
+            start, stop = self.blocks[first].start, self.blocks[last - 1].stop
+            here, size = slice(start, stop), stop - start
             for kind, values in staged.items():
                 values[:size].copy_(copies.kinds[kind][here], non_blocking=True)
-            update = copies.update_of(self._form, block, self._places[number], staged, 0)
-            self._groups.update((update,), copies.step, lr)
+            updates = [
+                copies.update_of(self._form, block, place, staged, block.start - start)
+                for block, place in zip(
+                    self.blocks[first:last], self._places[first:last], strict=True
+                )
+            ]
+            self._groups.update(updates, copies.step, lr)
             for kind, values in staged.items():
                 copies.kinds[kind][here].copy_(values[:size], non_blocking=True)
             if copies.rounded is not None:

@@ -29,6 +29,7 @@ from holdfast.parallel.optimizer.exchange import (
     receive_buckets,
     routes,
     send_bucket,
+    update_runs,
     wire_of,
 )
 from holdfast.parallel.optimizer.fence import Fence
@@ -38,7 +39,7 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.rules import MASTER, ParameterGroups, StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
-from holdfast.parallel.plan import BlockKey, Plan, shards
+from holdfast.parallel.plan import BlockKey, Plan, shards, update_ends
 
 
 def routes_of_parameters(
@@ -111,6 +112,11 @@ class ShardedOptimizer:
         carried = before.carried_on(buffer, owned) if before is not None else None
         self.owned_state = carried or OwnedState.new(form, buffer, owned)
         self._updates = self.owned_state.updates(constants)
+        self._ends = update_ends(
+            (found.block.elements, found.spec.updated_together(found.block.elements))
+            for found in owned
+        )
+        self._runs = update_runs(self._routes, self._ends)
         self._shadows, self._arrival = shadows, arrival
         self._sharing = shared_gradients(
             plan, rank, buffer, accumulator, groups.world, exchange.reduce_dtype
@@ -166,6 +172,11 @@ class ShardedOptimizer:
         """The reduced gradients of the owned blocks, flat, in the order of `owned`."""
         return self.owned_state.gradients
 
+    def parameters(self, number: int) -> Tensor:
+        """One owned block's live parameters, flat."""
+        block = self.owned[number]
+        return self.owned_state.parameters.part(block.start, block.stop)
+
     def block_state(self, number: int) -> dict[str, Tensor]:
         """One owned block's live state by kind (`form.held`), flat."""
         return self.owned_state.block(number)
@@ -184,7 +195,7 @@ class ShardedOptimizer:
 
     def restore(self, step: int) -> None:
         """Continue after `step` updates, once parameters and `state` have been filled. Local."""
-        self.owned_state.step.fill_(step)
+        self.owned_state.restore(step)
 
     def restart(self) -> None:
         """Start again from the present parameters: initial state, no updates. Local."""
@@ -243,7 +254,7 @@ class ShardedOptimizer:
         found, raised = self._exchange.finish()
         squares = torch.zeros(self.slots, dtype=torch.float64)
         for block, square in zip(self.owned, found, strict=True):
-            if block.segment.spec.balance is None:
+            if block.spec.balance is None:
                 squares[self.slot(block.key)] = square
         return squares, flags | raised
 
@@ -263,19 +274,21 @@ class ShardedOptimizer:
         state = self.owned_state
         if factor != 1.0:
             state.gradients.mul_(factor)
-        state.begin_update([(owned.begin, owned.end) for owned in reversed(self._routes.mine)])
+        state.begin_update([(run[0].begin, run[-1].end) for run in self._runs])
         free = len(self._updates) if fence is None else 0
-        for owned in reversed(self._routes.mine):
-            position = owned.begin
+        for run in self._runs:
+            position, end = run[0].begin, run[-1].end
             state.await_update(position)
-            while position < owned.end:
-                if fence is not None and position >= free:
-                    free = fence(position) + 1
-                stop = min(owned.end, free)
+            while position < end:
+                if fence is not None and free < self._ends[position]:
+                    free = fence(self._ends[position] - 1) + 1
+                stop = min(end, free)
+                while self._ends[stop - 1] > stop:  # in the middle of a matrix
+                    stop -= 1
                 self._constants.update(self._updates[position:stop], state.step, lr)
                 position = stop
-            state.end_update(owned.begin, owned.end)
-            yield owned.bucket.row
+            state.end_update(run[0].begin, end)
+            yield from (owned.bucket.row for owned in run)
         if fence is not None:
             fence(len(self._updates))
 
@@ -302,7 +315,8 @@ class ShardedOptimizer:
         for number, row in enumerate(self._updated_buckets(lr, factor, fence)):
             if lost is None:
                 try:
-                    sends += send_bucket(self._world, buffer, self._to_others, row)
+                    parameters = self.owned_state.parameters
+                    sends += send_bucket(self._world, parameters, self._to_others, row)
                 except PeerLost as error:
                     lost = error
             if number == 0:
@@ -336,7 +350,7 @@ class ShardedOptimizer:
             handle
             for owned in reversed(self._routes.mine)
             for handle in send_bucket(
-                self._world, self.owned_state.buffer, to_all, owned.bucket.row
+                self._world, self.owned_state.parameters, to_all, owned.bucket.row
             )
         ]
         self._receive(to_all, sends)

@@ -38,6 +38,7 @@ from .ownership import (
     Block as Block,
     BlockKey as BlockKey,
     assign_owners as assign_owners,
+    update_ends as update_ends,
 )
 from .plan import (
     Plan as Plan,

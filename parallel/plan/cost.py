@@ -32,6 +32,7 @@ class RankMemory:
     """The bytes that one rank keeps."""
 
     parameters: int
+    """Those of owned blocks of other parts included."""
     gradients: int
     """The sums that the rank keeps: int64 in exact mode."""
     optimizer: int
@@ -131,10 +132,21 @@ def exchanged_bytes(
     sums = PACKED_BYTES if exact and packing else _gradient_bytes(precision, exact)
     sizes = {kept: len(shard_group(plan, rank, kept).ranks) for kept in KEPT_KINDS}
 
+    split = sum(
+        row.spec.elements
+        for chunk in plan.chunks_of(rank)
+        for layer in plan.layers_of(chunk)
+        for row in plan.rows_of(rank, layer)
+        if row.spec.whole not in (None, row.spec.box)
+    )
+    owning = len(plan.ranks_of(tuple(range(plan.configured_mesh.parts)), place.pipeline))
+
     def between(kept: KeptKind) -> float:
-        """The elements that go between the keepers of a block, in different groups."""
+        """The elements that go between the keepers of a block, in different groups, and to the
+        owners of split matrices, which any rank of the stage may be."""
         groups = max(1, holders // sizes[kept])
-        return held / sizes[kept] * (groups - 1) / groups
+        owner_of_split = holders / owning / groups  # how often it keeps a block that it owns
+        return ((held - split) * (groups - 1) / groups + split * (1 - owner_of_split)) / sizes[kept]
 
     def within(kept: KeptKind, elements: int) -> float:
         return elements * (sizes[kept] - 1) / sizes[kept]
@@ -261,11 +273,13 @@ def rank_memory(
         owned_bytes: what the optimizer keeps per owned parameter, the reduced gradient included.
         exact: whether gradients are summed as int64.
     """
-    owned = sum(plan.block(key).elements for key in plan.owned_blocks(rank))
+    own = plan.owned_blocks(rank)
+    owned = sum(plan.block(key).elements for key in own)
+    guests = sum(plan.block(key).elements for key in own if plan.is_guest(key))
     sent = exchanged_bytes(plan, rank, precision=precision, exact=exact).gradients
     sent /= PACKED_BYTES if exact else _gradient_bytes(precision, exact)
     return RankMemory(
-        parameters=kept_elements(plan, rank, "parameters") * precision.bytes,
+        parameters=(kept_elements(plan, rank, "parameters") + guests) * precision.bytes,
         gradients=kept_elements(plan, rank, "gradients") * _gradient_bytes(precision, exact),
         optimizer=owned * owned_bytes,
         activations=peak_activation_bytes(plan, rank),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.layout import LayerSpec, ParameterSpec
 
+T = TypeVar("T")
 BlockKey = tuple[int, int]
 """(part, position among its blocks): the name of a block in the whole run."""
 
@@ -32,7 +35,7 @@ class Block:
     row_stop: int
     elements: int
     weight: int = 0
-    """The work of its update, beside others'; 0: as its elements."""
+    """The work of its update, beside others': of a matrix its share. 0: as its elements."""
 
     @property
     def work(self) -> int:
@@ -47,8 +50,8 @@ class Block:
 def blocks(layers: Sequence[LayerSpec], part: int, block_elements: int) -> tuple[Block, ...]:
     """All blocks of one part of the parameters, in layer, table and row order.
 
-    A block has as many whole rows as fit into `block_elements`, and one at least; all rows of a
-    matrix that is updated as one. Blocks depend
+    A block has as many whole rows as fit into `block_elements`, and one at least; all rows that the
+    part has of a matrix that is updated as one. Blocks depend
     only on the model and its split into parts. Rows that several parts have are blocks of the first
     of these. The second use of a tied weight has none: it shares those of the first.
     """
@@ -61,11 +64,112 @@ def blocks(layers: Sequence[LayerSpec], part: int, block_elements: int) -> tuple
             for start in range(0, spec.rows, rows):
                 stop = min(spec.rows, start + rows)
                 elements = (stop - start) * spec.row_elements
-                weight = matrix_work(spec.rows, spec.row_elements) if spec.whole else 0
+                weight = _share_of_work(spec, elements)
                 found.append(
                     Block(part, len(found), layer, spec_index, start, stop, elements, weight)
                 )
     return tuple(found)
+
+
+def _share_of_work(spec: ParameterSpec, elements: int) -> int:
+    """The work of a block of what is updated as one: as much as it has of the elements."""
+    if spec.whole is None:
+        return 0
+    rows = spec.whole.shape[0]
+    return matrix_work(rows, spec.whole.elements // rows) * elements // spec.whole.elements
+
+
+def split_matrices(
+    layers: Sequence[LayerSpec], found: Sequence[Sequence[Block]]
+) -> tuple[tuple[BlockKey, ...], ...]:
+    """The blocks of each matrix that is updated as one and has boxes in several parts. Pure.
+
+    They have one owner and the same followers, which so have all that the update needs.
+
+    Args:
+        found: the blocks of each part.
+    Returns:
+        Of each matrix its blocks, by part; by layer and row.
+    """
+    matrices: dict[tuple[int, int, str], list[BlockKey]] = {}
+    for of_part in found:
+        for block in of_part:
+            spec = layers[block.layer].parameters[block.part][block.spec_index]
+            if spec.whole is not None and spec.whole != spec.box:
+                place = block.layer, block.spec_index, spec.name
+                matrices.setdefault(place, []).append(block.key)
+    return tuple(tuple(matrices[place]) for place in sorted(matrices))
+
+
+Together = tuple[BlockKey, ...]
+"""The blocks that have one owner, and the same followers: one, or those of a split matrix."""
+
+
+def given_together(
+    found: Sequence[Sequence[Block]], matrices: Sequence[Together]
+) -> tuple[tuple[Together, ...], ...]:
+    """The blocks in the order in which ranks are given them. Pure.
+
+    First the split matrices, which any rank of their stage may own, then each part's other blocks.
+
+    Args:
+        found: the blocks of each part.
+        matrices: as of `split_matrices`.
+    """
+    split = {key for keys in matrices for key in keys}
+    others = (tuple((b.key,) for b in of_part if b.key not in split) for of_part in found)
+    return (tuple(matrices), *others)
+
+
+def by_block(
+    found: Sequence[Sequence[Block]], values: Iterable[tuple[Together, T]]
+) -> tuple[tuple[T, ...], ...]:
+    """The value of each block, by part, from those of blocks that have one together. Pure."""
+    known = {key: value for keys, value in values for key in keys}
+    return tuple(tuple(known[block.key] for block in of_part) for of_part in found)
+
+
+def first_owners(
+    found: Sequence[Sequence[Block]],
+    given: Sequence[Sequence[Together]],
+    candidates: Callable[[Together], tuple[int, ...]],
+) -> tuple[tuple[int, ...], ...]:
+    """The first owner of every block, by part: each group balanced, split matrices included. Pure.
+
+    Args:
+        found: the blocks of each part.
+        given: as of `given_together`.
+        candidates: the ranks that may own some blocks.
+    """
+    chosen: list[tuple[Together, int]] = []
+    loads: Counter[int] = Counter()
+    for group in given:
+        first = [found[part][place] for (part, place), *_ in group]
+        sizes = [sum(found[part][place].work for part, place in keys) for keys in group]
+        heavy = {number for number, block in enumerate(first) if block.weight}
+        owners = spread_owners(sizes, [candidates(keys) for keys in group], heavy, loads=loads)
+        chosen += zip(group, owners, strict=True)
+        if given[0]:
+            for size, owner in zip(sizes, owners, strict=True):
+                loads[owner] += size
+    return by_block(found, chosen)
+
+
+def update_ends(shares: Iterable[tuple[int, int]]) -> list[int]:
+    """Of each block, the position after the last one that is updated with it. Pure.
+
+    Args:
+        shares: of each block its elements, and those of what is updated as one: of the block alone,
+            or of a matrix, whose blocks follow each other.
+    """
+    ends: list[int] = []
+    filled = 0
+    for position, (elements, together) in enumerate(shares):
+        filled += elements
+        if filled == together:
+            ends += [position + 1] * (position + 1 - len(ends))
+            filled = 0
+    return ends
 
 
 def matrix_work(rows: int, columns: int) -> int:
@@ -127,6 +231,8 @@ def spread_owners(
     sizes: Sequence[int],
     candidates: Sequence[tuple[int, ...]],
     heavy: Collection[int] = (),
+    *,
+    loads: Mapping[int, int] | None = None,
 ) -> tuple[int, ...]:
     """The first owner of every block, so that each layer's blocks lie with all candidates.
 
@@ -137,10 +243,12 @@ def spread_owners(
         sizes: the work of each block.
         heavy: the blocks that are given away first, the largest before the others (longest
             processing time first).
+        loads: the work that ranks have already, if any has.
     Returns:
-        One rank per block. The largest load of a group of candidates is at most the mean load plus
-        the group's largest block.
+        One rank per block. Without `loads` the largest load of a group of candidates is at most the
+        mean load plus the group's largest block.
     """
+    before = loads or {}
     heaps: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
     known: dict[int, list[tuple[int, int, int]]] = {}  # see assign_owners
     owners = [0] * len(sizes)
@@ -151,7 +259,8 @@ def spread_owners(
         if not group:
             raise ValueError(f"block {block} has no candidate to own it")
         if id(group) not in known:
-            fresh = [(0, place, rank) for place, rank in enumerate(group)]
+            fresh = [(before.get(rank, 0), place, rank) for place, rank in enumerate(group)]
+            heapq.heapify(fresh)
             known[id(group)] = heaps.setdefault(group, fresh)
         heap = known[id(group)]
         load, place, owner = heap[0]

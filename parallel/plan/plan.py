@@ -21,7 +21,15 @@ from holdfast.parallel.layout import (
     StageReplicas,
     held_rows,
 )
-from holdfast.parallel.plan.ownership import Block, BlockKey, blocks, spread_owners
+from holdfast.parallel.plan.ownership import (
+    Block,
+    BlockKey,
+    Together,
+    blocks,
+    first_owners,
+    given_together,
+    split_matrices,
+)
 
 _T = TypeVar("_T")
 
@@ -38,6 +46,7 @@ _SHARING = _PLACES | {"shard", "shard_group"}
 _PROGRAM = frozenset({"schedule", "virtual", "stretches", "stage_replicas"})
 DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "blocks": frozenset({"layers", "block_elements"}),
+    "given together": frozenset({"layers", "block_elements"}),
     "even owners": _HOLDING,
     "owned blocks": _HOLDING | {"given_owners"},
     "holders": _PLACES,
@@ -201,15 +210,27 @@ class Plan:
         return self.derived(
             "even owners",
             None,
-            lambda: tuple(
-                spread_owners(
-                    [block.work for block in found],
-                    [self.contributors(block) for block in found],
-                    {block.index for block in found if block.weight},
-                )
-                for found in self.blocks
-            ),
+            lambda: first_owners(self.blocks, self.given_together, self.candidates),
         )
+
+    @property
+    def given_together(self) -> tuple[tuple[Together, ...], ...]:
+        """The blocks in the order in which ranks are given them: first each matrix that several
+        parts have boxes of and that is updated as one, then each part's other blocks."""
+        return self.derived(
+            "given together",
+            None,
+            lambda: given_together(self.blocks, split_matrices(self.layers, self.blocks)),
+        )
+
+    def candidates(self, keys: Together) -> tuple[int, ...]:
+        """The ranks that may own some blocks: those whose sums of one of them are added."""
+        first, *others = map(self.block, keys)
+        if not others:
+            return self.contributors(first)
+        specs = [self.spec_of(block) for block in (first, *others)]
+        parts = {part for spec in specs for part in spec.summed or spec.copies[:1]}
+        return self.ranks_of(tuple(sorted(parts)), self.stage_of_layer(first.layer))
 
     def owner(self, key: BlockKey) -> int:
         """The rank that owns a block."""
@@ -233,11 +254,12 @@ class Plan:
             for part, owners in enumerate(self.owners):
                 for place, owner in enumerate(owners):
                     found.setdefault(owner, []).append((part, place))
-            return {owner: tuple(sorted(keys, key=self._depth)) for owner, keys in found.items()}
+            return {owner: tuple(sorted(keys, key=self.depth)) for owner, keys in found.items()}
 
         return self.derived("owned blocks", None, find).get(rank, ())
 
-    def _depth(self, key: BlockKey) -> tuple[int, int, BlockKey]:
+    def depth(self, key: BlockKey) -> tuple[int, int, BlockKey]:
+        """The order of blocks in buffers, in which those of a split matrix follow each other."""
         block = self.block(key)
         return block.layer, block.spec_index, key
 
@@ -294,6 +316,11 @@ class Plan:
             return tuple([held[shard] for held in replicas for shard in shards[len(held)]])
 
         return self.derived("holders", (parts, stage), find)
+
+    def is_guest(self, key: BlockKey) -> bool:
+        """Whether the owner of a block does not hold its parameters, but other parts of them."""
+        held = self.parts_of(self.owner(key))
+        return set(self.spec_of(self.block(key)).copies).isdisjoint(held)
 
     def stage_of_layer(self, layer: int) -> int:
         """The pipeline index of the stage that has a layer."""

@@ -18,7 +18,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.formation import Roster, next_stage_replicas, replica_sizes
 from holdfast.parallel.plan.initial import micro_batch_counts, split_micro_batches
-from holdfast.parallel.plan.ownership import assign_owners
+from holdfast.parallel.plan.ownership import Together, assign_owners, by_block
 from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
 from holdfast.parallel.schedules import placement
@@ -109,20 +109,21 @@ def with_shadows(
     before = previous.shadows if previous is not None else ()
     with_state = frozenset(plan.stage_replicas.ranks) - roster.fresh
     load: dict[int, int] = {}
-    found = tuple(
-        assign_shadows(
-            [block.work for block in blocks],
-            plan.owners[index],
+    found: list[tuple[Together, tuple[int, ...]]] = []
+    for group in plan.given_together:
+        firsts = [keys[0] for keys in group]
+        chosen = assign_shadows(
+            [sum(plan.block(key).work for key in keys) for keys in group],
+            [plan.owner(key) for key in firsts],
             plan.stage_replicas,
             roster.node_of,
             redundancy,
             load=load,
-            previous=before[index] if before else None,
+            previous=[before[part][place] for part, place in firsts] if before else None,
             with_state=with_state,
         )
-        for index, blocks in enumerate(plan.blocks)
-    )
-    return plan.evolved(shadows=found)
+        found += zip(group, chosen, strict=True)
+    return plan.evolved(shadows=by_block(plan.blocks, found))
 
 
 def divide_micro_batches(
@@ -256,20 +257,19 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
     touched = _touched_stages(before, after, roster)
     stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
     shares = _shares(after)
-    found = []
-    for index, blocks in enumerate(after.blocks):
-        owners = list(before.owners[index])
-        places = [place for place, b in enumerate(blocks) if stages[b.layer] in touched]
+    found: list[tuple[Together, int]] = []
+    for number, group in enumerate(after.given_together):
+        changing = [keys for keys in group if stages[after.block(keys[0]).layer] in touched]
+        owners = {keys: before.owner(keys[0]) for keys in group}
         chosen = assign_owners(
-            [blocks[place].work for place in places],
-            [after.contributors(blocks[place]) for place in places],
-            [owners[place] if owners[place] in staying else None for place in places],
-            share_of=shares.__getitem__ if shares else None,
+            [sum(after.block(key).work for key in keys) for keys in changing],
+            [after.candidates(keys) for keys in changing],
+            [owners[keys] if owners[keys] in staying else None for keys in changing],
+            share_of=shares.__getitem__ if shares and number else None,
         )
-        for place, owner in zip(places, chosen, strict=True):
-            owners[place] = owner
-        found.append(tuple(owners))
-    return tuple(found)
+        owners.update(zip(changing, chosen, strict=True))
+        found += owners.items()
+    return by_block(after.blocks, found)
 
 
 def _shares(plan: Plan) -> dict[int, float]:

@@ -69,15 +69,17 @@ layouts = st.sampled_from(
     ranks_per_node=st.sampled_from([1, 2, 4, 16]),
     precision=st.sampled_from(["fp32", "bf16"]),
     tie=st.booleans(),
+    optimizer=st.sampled_from(["adamw", "muon"]),
 )
 def test_every_byte_is_written_once_by_a_rank_that_has_it(
-    layout: tuple[int, int, int], ranks_per_node: int, precision: str, tie: bool
+    layout: tuple[int, int, int], ranks_per_node: int, precision: str, tie: bool, optimizer: str
 ) -> None:
     tensor, data, pipeline = layout
     config = make_config(
         model={"tie_embeddings": tie, "heads": 4, "kv_heads": 4},
         parallel={"tensor": tensor, "data": data, "pipeline": pipeline},
         train={"precision": precision},
+        optimizer={"name": optimizer},
     )
     plan = plan_of(config)
     # A tensor-parallel group that spans nodes leaves no node with whole weights.
@@ -172,14 +174,18 @@ def test_what_a_rank_wants_is_what_its_parameters_and_blocks_are() -> None:
 @given(
     lost=st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=3),
     from_shadows=st.booleans(),
+    optimizer=st.sampled_from(["adamw", "muon"]),
 )
-@example(lost=[{0, 5}], from_shadows=False)
-@example(lost=[{0, 5}], from_shadows=True)
+@example(lost=[{0, 5}], from_shadows=False, optimizer="adamw")
+@example(lost=[{0, 5}], from_shadows=True, optimizer="adamw")
+@example(lost=[{0, 5}], from_shadows=True, optimizer="muon")
 def test_columns_are_joined_whole_from_one_replica_whatever_ranks_it_has(
-    lost: list[set[int]], from_shadows: bool
+    lost: list[set[int]], from_shadows: bool, optimizer: str
 ) -> None:
     config = make_config(
-        model={"heads": 4, "kv_heads": 4}, parallel={"tensor": 2, "data": 2, "pipeline": 2}
+        model={"heads": 4, "kv_heads": 4},
+        parallel={"tensor": 2, "data": 2, "pipeline": 2},
+        optimizer={"name": optimizer},
     )
     nodes = {rank: f"node-{rank // 4}" for rank in range(8)}
     plan, generation = plan_of(config), 0

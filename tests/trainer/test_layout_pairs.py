@@ -3,12 +3,12 @@
 The factors: tensor and context degree (1, 2, 4), stages and replicas (1, 2, 4), chunks per rank
 (1, 2), every schedule, either exchange of a context group, sequence parallelism, stretches (1, 2),
 what replicas share and what is recomputed; and the constants that fix bits: precision, packing,
-tensor shards and slices (1, 4). A value counts where it has an effect: chunks, say, beside stages
-only. Each legal layout of up to eight ranks could be taken; a covering array has about fifty, in
-which every legal pair of values occurs. Losses and norms of all steps and the parameters at the end
-are compared with those of one process that has the same constants; without tensor shards, where the
-tensor degree is such a constant, with those of one tensor group. tests/trainer/test_layout_soak.py
-takes all layouts.
+with which goes the optimizer, tensor shards and slices (1, 4). A value counts where it has an
+effect: chunks, say, beside stages only. Each legal layout of up to eight ranks could be taken; a
+covering array has about fifty, in which every legal pair of values occurs. Losses and norms of all
+steps and the parameters at the end are compared with those of one process that has the same
+constants; without tensor shards, where the tensor degree is such a constant, with those of one
+tensor group. tests/trainer/test_layout_soak.py takes all layouts.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         squares, flags = training.reduce()
         if step == 0:
             capture.gradients = [
-                captured_box(
-                    owned.segment.spec, gradient, (owned.block.row_start, owned.block.row_stop)
-                )
+                captured_box(owned.spec, gradient, (owned.block.row_start, owned.block.row_stop))
                 for owned, gradient in training.optimizer.owned_gradients()
             ]
         outcome = training.vote(squares, flags)

@@ -131,10 +131,12 @@ def _optimizers(
     """The rule's reference for each group of parameters, and the factor of its learning rate."""
     rule = OPTIMIZERS[config.optimizer.name]
     groups = ParameterGroups.of(rule, config.optimizer)
-    tables = [row for layer in layers_of_config(config) for row in layer.parameters[0]]
-    whole = {spec.name for spec in tables if spec.whole}
+    tables = [table for layer in layers_of_config(config) for table in layer.parameters]
+    whole = {spec.name for table in tables for spec in table if spec.whole}
     places = {
-        found.own: groups.place(replace(found.spec, whole=found.spec.name in whole))
+        found.own: groups.place(
+            replace(found.spec, whole=found.spec.box if found.spec.name in whole else None)
+        )
         for found in segments
     }
     references = [(rule.reference, False)]

@@ -142,12 +142,6 @@ def _model(config: RunConfig) -> Iterator[str]:
 def _optimizer(config: RunConfig) -> Iterator[str]:
     rule = OPTIMIZERS[config.optimizer.name]
     yield from rule.problems(config.optimizer)
-    if rule.matrices is not None and config.tensor_parts > 1:
-        yield (
-            f"optimizer.name = {rule.name!r} with {config.tensor_parts_key} = "
-            f"{config.tensor_parts}: a matrix is updated whole, and its parts are not brought "
-            "together in this version; set it to 1, or take another optimizer"
-        )
     yield from stage_problems(config.optimizer)
     yield from moment_problems(config.optimizer)
     yield from average_problems(config.optimizer)

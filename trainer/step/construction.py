@@ -36,7 +36,7 @@ from holdfast.parallel.pipeline import (
     Passage,
     receive_order,
 )
-from holdfast.parallel.plan import Plan, message_units, shards
+from holdfast.parallel.plan import Plan, block_box, message_units, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.parallel.tensor_parallel import TensorParallel
@@ -271,12 +271,18 @@ def new_optimizer(
     groups: Groups,
     shadows: ShadowState | None,
     before: OwnedState | None,
+    *,
+    initial: bool,
 ) -> ShardedOptimizer:
-    """The optimizer of a rank's blocks; usable state of `before` is reused."""
+    """The optimizer of a rank's blocks; usable state of `before` is reused.
+
+    Args:
+        initial: whether the model has its initial weights.
+    """
     form, parallel = state_format(config), config.parallel
     rounds = parallel.reduce_dtype != "auto"
     reduce_dtype = PRECISIONS[parallel.reduce_dtype].dtype if rounds else None
-    return ShardedOptimizer(
+    optimizer = ShardedOptimizer(
         plan,
         rank,
         model.buffer,
@@ -291,6 +297,20 @@ def new_optimizer(
         ),
         before=before,
     )
+    if initial:
+        _initialize_guests(optimizer, config.train.seed)
+    return optimizer
+
+
+def _initialize_guests(optimizer: ShardedOptimizer, seed: int) -> None:
+    """Draw the parameters of the owned blocks that are of parts that the rank does not hold."""
+    guests = [number for number, block in enumerate(optimizer.owned) if block.is_guest]
+    for number in guests:
+        block, values = optimizer.owned[number], optimizer.parameters(number)
+        box = block_box(block.spec, block.block)
+        values.copy_(initial_values(replace(block.spec, box=box), seed, values.dtype).reshape(-1))
+    if guests:
+        optimizer.restart()
 
 
 def new_shadows(

@@ -8,21 +8,19 @@ from collections.abc import Iterator
 import torch
 
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.optimizer import ParameterBuffer, ShardedOptimizer
+from holdfast.parallel.optimizer import ShardedOptimizer
 from holdfast.parallel.plan import Block, Plan
 
 
-def parameter_digest(
-    plan: Plan, optimizer: ShardedOptimizer, buffer: ParameterBuffer, control: Communicator
-) -> str:
+def parameter_digest(plan: Plan, optimizer: ShardedOptimizer, control: Communicator) -> str:
     """SHA-256 over all parameters, equal for equal bits in any layout with as many parts of them.
 
     Collective over `control`, all ranks. Every owner hashes its blocks, and the digest is over all
     block hashes, part by part.
     """
     halves = torch.zeros(optimizer.slots, 4, dtype=torch.int64)
-    for block in optimizer.owned:
-        values = buffer.part(block.start, block.stop).contiguous().cpu()
+    for number, block in enumerate(optimizer.owned):
+        values = optimizer.parameters(number).contiguous().cpu()
         digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
         words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)]
         halves[optimizer.slot(block.key)] = torch.tensor(words)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.layout import Box, LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
@@ -58,15 +58,24 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
     if OPTIMIZERS[config.optimizer.name].matrices is None:
         return layers
     first, *transformer, last = layers
-    return (first, *map(_with_matrices, transformer), last)
+    return (first, *map(with_matrices, transformer), last)
 
 
-def _with_matrices(layer: LayerSpec) -> LayerSpec:
-    """A transformer layer whose matrices are updated as such. Pure."""
+def with_matrices(layer: LayerSpec) -> LayerSpec:
+    """A transformer layer whose matrices are updated as such, also where parts have boxes of one.
+
+    Pure.
+    """
+    found: dict[tuple[int, str], Box] = {}
+    for table in layer.parameters:
+        for row, spec in enumerate(table):
+            if len(spec.shape) == 2 and spec.decay:
+                key = row, spec.name  # one tensor may have several matrices, in rows of their own
+                found[key] = found.get(key, spec.box).around(spec.box)
     tables = tuple(
         tuple(
-            replace(spec, whole=spec.whole or (len(spec.shape) == 2 and spec.decay))
-            for spec in table
+            replace(spec, whole=spec.whole or found.get((row, spec.name)))
+            for row, spec in enumerate(table)
         )
         for table in layer.parameters
     )

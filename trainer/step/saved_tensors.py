@@ -123,6 +123,8 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
     for key in plan.owned_blocks(rank):
         block = plan.block(key)
         spec = plan.spec_of(block)
+        if plan.is_guest(key):
+            found[spec.name].append(block_box(spec, block))
         for kind in form.saved:
             _join(found[full_name(kind, spec.name)], block_box(spec, block))
     return {name: tuple(boxes) for name, boxes in found.items()}

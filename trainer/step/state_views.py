@@ -79,8 +79,13 @@ class TrainingState:
             self._segments[segment.spec.name].append(segment)
         self._rows: defaultdict[str, dict[_Columns, list[_KeptRows]]] = defaultdict(dict)
         place = 0
+        self._guests: defaultdict[str, list[tuple[Box, Tensor]]] = defaultdict(list)
         for number, block in enumerate(optimizer.owned):
-            spec = block.segment.spec
+            spec = block.spec
+            if block.is_guest:
+                box = block_box(spec, block.block)
+                values = optimizer.parameters(number).view(box.shape)
+                self._guests[spec.name].append((box, values))
             first_row = spec.box.start[0] + block.block.row_start
             last_row = spec.box.start[0] + block.block.row_stop
             rows = _KeptRows(first_row, last_row, number, place)
@@ -114,10 +119,15 @@ class TrainingState:
         """Every place where this rank keeps a box of a tensor; two for a tied weight."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
-            return [
+            held = [
                 view
                 for segment in self._segments[name]
                 if (view := _kept_view(self._buffer, segment, box)) is not None
+            ]
+            return held + [
+                values[box.relative_to(own).slices]
+                for own, values in self._guests[name]
+                if own.contains(box)
             ]
         rows = self._rows[base][_columns(box)]
         at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]

@@ -116,7 +116,9 @@ class Training:
             self.offloader.keep(self.model.buffer.values)
         self._shadows = self._shadows_after(before)
         owned = None if before is None else before.optimizer.owned_state
-        self.optimizer = new_optimizer(config, plan, rank, self.model, groups, self._shadows, owned)
+        self.optimizer = new_optimizer(
+            config, plan, rank, self.model, groups, self._shadows, owned, initial=initial
+        )
         if self.model.layers is not None:
             self.model.layers.connect(plan, rank, groups.world)
         self._fence: Fence | None = None
@@ -507,6 +509,6 @@ class Training:
 
     def parameter_digest(self) -> str:
         """SHA-256 over all parameters; see `digest.parameter_digest`. Collective over all ranks."""
-        control = self.groups.control
+        self.finish_gather()
         with self.busy("compare"):
-            return parameter_digest(self.plan, self.optimizer, self.parameter_buffer, control)
+            return parameter_digest(self.plan, self.optimizer, self.groups.control)

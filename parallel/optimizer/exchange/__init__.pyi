@@ -9,6 +9,7 @@ from .buckets import (
     placed_blocks as placed_blocks,
     routes as routes,
     span_of as span_of,
+    update_runs as update_runs,
 )
 from .followers import (
     follower_routes as follower_routes,

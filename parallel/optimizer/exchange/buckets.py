@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment, Span, joined
 from holdfast.parallel.plan import (
     Block,
@@ -26,11 +27,14 @@ from holdfast.parallel.plan import (
 
 @dataclass(frozen=True, slots=True)
 class OwnedBlock:
-    """A block that this rank owns, at elements [start, stop) of its flat buffers."""
+    """A block that this rank owns, at elements [start, stop) of its flat index space."""
 
     block: Block
-    segment: Segment
+    spec: ParameterSpec
+    """The row of its segment."""
     start: int
+    is_guest: bool = False
+    """Whether the rank holds other parts only: the place follows those of what it holds."""
 
     @property
     def key(self) -> BlockKey:
@@ -78,6 +82,8 @@ class OwnedBucket:
     """The first element in the flat state of the owned blocks."""
     contributors: tuple[int, ...]
     """The other ranks that keep a use, in the order in which their sums are added."""
+    is_guest: bool = False
+    """Whether this rank keeps none."""
 
     @property
     def end(self) -> int:
@@ -117,8 +123,9 @@ def routes(
     places = _Places(plan, rank, buffer, kept)
     size = 1 + max(plan.stage_replicas.ranks, default=0)
     owned = tuple(
-        OwnedBlock(plan.block(key), places.segment(key), places.first[key].start)
+        OwnedBlock(block, plan.spec_of(block), places.first[key].start, key in places.guests)
         for key in plan.owned_blocks(rank)
+        for block in (plan.block(key),)
     )
     held = {plan.owner(key) for key in (*places.first, *places.second)}
     others = [
@@ -133,8 +140,24 @@ def routes(
         end, stop = end - len(bucket.blocks), stop - bucket.elements
         contributors = set(all_keepers(plan, bucket.blocks[0], kept)) - {rank}
         ordered = sorted(contributors, key=lambda peer: (rank - peer) % size)
-        mine.append(OwnedBucket(bucket, end, stop, tuple(ordered)))
+        is_guest = bucket.blocks[0].key in places.guests
+        mine.append(OwnedBucket(bucket, end, stop, tuple(ordered), is_guest))
     return Routes(owned, tuple(mine), tuple(others))
+
+
+def update_runs(found: Routes, ends: Sequence[int]) -> list[list[OwnedBucket]]:
+    """The owned buckets in the order of their update; those with boxes of a matrix together. Pure.
+
+    Args:
+        ends: of each owned block, the position after the last one that is updated with it.
+    """
+    runs: list[list[OwnedBucket]] = []
+    for owned in reversed(found.mine):
+        if runs and ends[owned.begin - 1] > owned.begin:
+            runs[-1].append(owned)
+        else:
+            runs.append([owned])
+    return runs
 
 
 class _Places:
@@ -143,7 +166,7 @@ class _Places:
     def __init__(self, plan: Plan, rank: int, buffer: ParameterBuffer, kept: KeptKind) -> None:
         self._plan = plan
         self.first: dict[BlockKey, Span] = {}
-        """The place of each block with a first use kept here."""
+        """The place of each block with a first use kept here, and of guests."""
         self.second: dict[BlockKey, Span] = {}
         """The place of each block with the second use of a tied weight kept here."""
         self._segments: dict[BlockKey, Segment] = {}
@@ -153,9 +176,11 @@ class _Places:
                 second = segment.spec.tied_use
                 (self.second if second else self.first)[block.key] = span_of(block, segment)
                 (self._second_segments if second else self._segments)[block.key] = segment
-
-    def segment(self, key: BlockKey) -> Segment:
-        return self._segments[key]
+        self.guests = dict.fromkeys(k for k in plan.owned_blocks(rank) if plan.is_guest(k))
+        """The blocks that the rank owns and does not keep; they have places after all others."""
+        end = buffer.elements
+        for key in self.guests:
+            self.first[key] = Span(end, end := end + plan.block(key).elements)
 
     def buckets(self, owner: int, elements: int) -> list[Bucket]:
         """All buckets of an owner, by row."""
@@ -165,9 +190,11 @@ class _Places:
     def _bucket(self, owner: int, row: int, blocks: Sequence[Block]) -> Bucket:
         first = [self.first[block.key] for block in blocks if block.key in self.first]
         second = [self.second[block.key] for block in blocks if block.key in self.second]
-        parameters = {self.segment(b.key).parameter for b in blocks if b.key in self.first}
-        parameters |= {
-            self._second_segments[b.key].parameter for b in blocks if b.key in self.second
+        parameters = {
+            segments[block.key].parameter
+            for segments in (self._segments, self._second_segments)
+            for block in blocks
+            if block.key in segments
         }
         return Bucket(
             owner, row, tuple(blocks), joined(first), joined(second), frozenset(parameters)

@@ -201,6 +201,11 @@ class GradientExchange:
         self._flags.add(self._accumulator.add_to(total, in_one(uses[1])))
         return total, False
 
+    def _no_sums(self, owned: OwnedBucket) -> tuple[Tensor, bool]:
+        """The sums of a bucket of which this rank has none: zeros, as of `_own_sums`."""
+        sums = self._accumulator.sums
+        return torch.zeros(owned.bucket.elements, dtype=sums.dtype, device=sums.device), False
+
     def _complete_owned(self) -> None:
         """Complete the gradient of every owned block, and hand it to its followers."""
         arrivals = [(m, peer) for m in self._routes.mine for peer in m.contributors]
@@ -222,7 +227,7 @@ class GradientExchange:
         handed: list[Handle] = []
         for owned in self._routes.mine:
             self._ready.wait(owned.bucket.parameters)
-            own, is_view = self._own_sums(owned.bucket)
+            own, is_view = self._no_sums(owned) if owned.is_guest else self._own_sums(owned.bucket)
             total = torch.empty_like(own) if is_view and owned.contributors else own
             for _ in owned.contributors:
                 handle, message = posted.popleft()

@@ -15,7 +15,7 @@ from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.exchange.arrival import Arrival
 from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering
 from holdfast.parallel.optimizer.exchange.wire import in_one
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.optimizer.parameter_buffer import OwnedParameters, ParameterBuffer
 
 
 class ParameterArrival:
@@ -109,12 +109,12 @@ def _used_by(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def send_bucket(
-    comm: Communicator, buffer: ParameterBuffer, found: Gathering, row: int
+    comm: Communicator, parameters: OwnedParameters, found: Gathering, row: int
 ) -> list[Handle]:
     """Begin to send an owned bucket's parameters to their other keepers."""
     # Most peers lack the same blocks: blocks in several places are copied once for all of these.
     parts = {
-        spans: in_one([buffer.part(span.start, span.stop) for span in spans])
+        spans: in_one([parameters.part(span.start, span.stop) for span in spans])
         for spans in {spans for _, spans in found.sends[row]}
     }
     return [comm.send(parts[spans], peer, GATHERING.tag(row)) for peer, spans in found.sends[row]]

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from holdfast.parallel.optimizer.rules.rule import BlockUpdate, OptimizerRule
+from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer.rules.rule import (
+    BlockUpdate,
+    MatrixBox,
+    OptimizerRule,
+    by_matrix,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +50,9 @@ class Parameter(Protocol):
     @property
     def decay(self) -> bool: ...
     @property
-    def whole(self) -> bool: ...
+    def box(self) -> Box: ...
     @property
-    def rows(self) -> int: ...
-    @property
-    def row_elements(self) -> int: ...
+    def whole(self) -> Box | None: ...
     @property
     def balance(self) -> float | None: ...
 
@@ -60,8 +64,8 @@ class Place(NamedTuple):
     """The number of its group."""
     decays: bool
     """Whether weight decay applies."""
-    matrix: tuple[int, int] | None
-    """Rows and columns, if it is updated as a matrix."""
+    matrix: MatrixBox | None
+    """Where it lies in a matrix that is updated as one."""
     balance: float | None = None
     """As of `ParameterSpec`."""
 
@@ -94,14 +98,12 @@ class ParameterGroups(Generic[S]):
     def place(self, parameter: Parameter) -> Place:
         """What an update needs to know of a parameter. Pure."""
         number = self.number(parameter.name)
-        balances = parameter.balance is not None
-        is_matrix = parameter.whole and self.rule.matrices is not None and not balances
-        return Place(
-            number,
-            parameter.decay or self.groups[number].all_decay,
-            (parameter.rows, parameter.row_elements) if is_matrix else None,
-            parameter.balance,
-        )
+        whole, matrix = parameter.whole, None
+        if whole is not None and self.rule.matrices is not None and parameter.balance is None:
+            rows, columns = whole.shape
+            matrix = MatrixBox(rows, columns, parameter.box.relative_to(whole))
+        decays = parameter.decay or self.groups[number].all_decay
+        return Place(number, decays, matrix, parameter.balance)
 
     def update(self, updates: Sequence[BlockUpdate], step: Tensor, lr: float) -> None:
         """Update blocks in place, each as its group has it. Local; exact-mode safe.
@@ -109,6 +111,7 @@ class ParameterGroups(Generic[S]):
         State of fewer bits is rounded once, to the nearest, ties to even.
 
         Args:
+            updates: those of a split matrix one after another.
             step: the number of this update, as for `OptimizerRule.update_blocks`.
             lr: the learning rate of the step, without the groups' factors.
         """
@@ -137,12 +140,16 @@ def _update(
         if updates:
             rule(updates, step, lr, settings)
         return
-    for rounded in updates:
-        # As many bits as master values have while it is computed; one block at a time.
-        state = tuple(values.to(rounded.master.dtype) for values in rounded.state)
-        rule([replace(rounded, state=state)], step, lr, settings)
-        for kept, values in zip(rounded.state, state, strict=True):
-            kept.copy_(values)
+    for rounded in by_matrix(updates):
+        # As many bits as master values have while it is computed; one block or matrix at a time.
+        full = [
+            replace(u, state=tuple(values.to(u.master.dtype) for values in u.state))
+            for u in rounded
+        ]
+        rule(full, step, lr, settings)
+        for update, computed in zip(rounded, full, strict=True):
+            for kept, values in zip(update.state, computed.state, strict=True):
+                kept.copy_(values)
 
 
 def matched_by_none(patterns: Iterable[str], names: Sequence[str]) -> list[str]:

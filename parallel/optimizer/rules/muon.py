@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024): momentum made orthogonal, for matrices; AdamW for all else.
 
-A matrix is updated whole, from operands that lie in memory of their own, so that owners and shadows
-compute the same products. Importing it needs no torch. Exact-mode safe. Local.
+A matrix is updated whole, also one whose boxes lie in several parts, from operands that lie in
+memory of their own, so that owners and shadows compute the same products. Importing it needs no
+torch. Exact-mode safe. Local.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from holdfast.parallel.optimizer.rules.rule import (
     MatrixRule,
     OptimizerRule,
     OwnKey,
+    by_matrix,
 )
 
 if TYPE_CHECKING:
@@ -74,20 +76,39 @@ def _update_blocks(
 def _update_matrices(
     updates: Sequence[BlockUpdate], step: Tensor, lr: float, settings: MuonSettings
 ) -> None:
-    for update in updates:
-        assert update.matrix is not None
-        rows, columns = update.matrix
-        momentum = update.state[0]
-        momentum.mul_(settings.momentum).add_(update.gradient * (1.0 - settings.momentum))
+    import torch
+
+    for boxes in by_matrix(updates):
+        matrix = boxes[0].matrix
+        assert matrix is not None
         # A tensor of its own, even where it is only a copy: see the module's docstring.
-        moved = momentum.clone()
-        if settings.nesterov:
-            moved.mul_(settings.momentum).add_(update.gradient * (1.0 - settings.momentum))
-        direction = _orthogonal(moved.view(rows, columns), settings)
-        if update.decays:
-            update.master.mul_(1.0 - lr * settings.adamw.weight_decay)
-        scaled = direction.to(update.master.dtype).mul_(_scaled(lr, rows, columns, settings.scale))
-        update.master.sub_(scaled.reshape(-1))
+        moved = torch.empty(
+            matrix.rows, matrix.columns, dtype=boxes[0].master.dtype, device=boxes[0].master.device
+        )
+        for update in boxes:
+            _of(update, moved).copy_(_moved(update, settings))
+        direction = _orthogonal(moved, settings)
+        rate = _scaled(lr, matrix.rows, matrix.columns, settings.scale)
+        for update in boxes:
+            if update.decays:
+                update.master.mul_(1.0 - lr * settings.adamw.weight_decay)
+            scaled = _of(update, direction).to(update.master.dtype).mul_(rate)
+            update.master.sub_(scaled.reshape(-1))
+
+
+def _moved(update: BlockUpdate, settings: MuonSettings) -> Tensor:
+    """The new momentum of a block, or what Nesterov's rule makes of it, in the shape of its box."""
+    assert update.matrix is not None
+    momentum, change = update.state[0], update.gradient * (1.0 - settings.momentum)
+    momentum.mul_(settings.momentum).add_(change)
+    moved = momentum.mul(settings.momentum).add_(change) if settings.nesterov else momentum
+    return moved.view(update.matrix.box.shape)
+
+
+def _of(update: BlockUpdate, matrix: Tensor) -> Tensor:
+    """The box of a matrix that a block has."""
+    assert update.matrix is not None
+    return matrix[update.matrix.box.slices]
 
 
 def _orthogonal(matrix: Tensor, settings: MuonSettings) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from holdfast.parallel.layout import Box
+from holdfast.parallel.plan import update_ends
 from holdfast.parallel.precision import Precision
 
 if TYPE_CHECKING:
@@ -49,6 +51,22 @@ class StateKind:
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixBox:
+    """The place of a block in a matrix that is updated as one."""
+
+    rows: int
+    """Those of the matrix."""
+    columns: int
+    box: Box
+    """The box of the matrix that the block has: all of it, or one of a split matrix."""
+
+    @property
+    def elements(self) -> int:
+        """Those of the matrix."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
 class BlockUpdate:
     """The input of an update for one block: flat tensors of equal length and dtype."""
 
@@ -61,10 +79,19 @@ class BlockUpdate:
     """Whether weight decay applies."""
     group: int = 0
     """The number of its parameter's group."""
-    matrix: tuple[int, int] | None = None
-    """The rows and columns of a matrix that is updated as such; None: elementwise."""
+    matrix: MatrixBox | None = None
+    """Where it lies in a matrix that is updated as such; None: elementwise."""
     balance: float | None = None
     """As of `ParameterSpec`; the block has the biases of all loads."""
+
+
+def by_matrix(updates: Sequence[BlockUpdate]) -> Iterator[Sequence[BlockUpdate]]:
+    """The blocks of each matrix: they follow each other. Others are alone. Pure."""
+    shares = ((u.box.elements, u.elements) if u else (1, 1) for u in (x.matrix for x in updates))
+    start = 0
+    for end in sorted(set(update_ends(shares))):
+        yield updates[start:end]
+        start = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +111,11 @@ def no_problems(section: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class MatrixRule(Generic[S]):
-    """The update of the matrices of transformer layers, of which each is one block."""
+    """The update of the matrices of transformer layers."""
 
     update: Callable[[Sequence[BlockUpdate], Tensor, float, S], None]
-    """As `OptimizerRule.update_blocks`, for blocks with a `matrix`."""
+    """As `OptimizerRule.update_blocks`, for blocks with a `matrix`: all of a matrix, one after
+    another."""
     reference: Callable[[Sequence[tuple[list[nn.Parameter], bool]], S], torch.optim.Optimizer]
     """As `OptimizerRule.reference`, for these parameters."""
 

@@ -143,11 +143,12 @@ def test_who_is_given_a_block_follows_its_updates() -> None:
 @given(
     st.sampled_from([(1, 1, 1), (1, 2, 2), (1, 3, 2), (1, 1, 3), (2, 2, 1), (2, 1, 2), (1, 4, 3)]),
     st.randoms(use_true_random=False),
+    st.booleans(),
 )
 def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
-    mesh: tuple[int, int, int], rng: random.Random
+    mesh: tuple[int, int, int], rng: random.Random, matrices: bool
 ) -> None:
-    plan = first_plan("1f1b", 1, *mesh)
+    first = plan = first_plan("1f1b", 1, *mesh, matrices=matrices)
     alive, filled = set(plan.stage_replicas.ranks), True
     for generation in range(1, 10):
         fresh: frozenset[int] = frozenset()
@@ -183,8 +184,9 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
         if not plan.incoming:
             check(plan, alive)
         assert set(plan.stage_replicas.ranks) == alive
-        first = first_plan("1f1b", 1, *mesh)
         assert plan_from_data(first, json.loads(json.dumps(plan_to_data(plan)))) == plan
+        for keys in plan.given_together[0]:
+            assert len({(plan.owner(key), plan.followers(key)) for key in keys}) == 1
         held, needed = held_blocks(plan, alive), held_blocks(plan, alive)
         check_moves(plan, kept, needed)
         check_moves(

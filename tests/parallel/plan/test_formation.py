@@ -25,6 +25,7 @@ from holdfast.parallel.plan.replan import replan, with_shadows
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import RECEIVES, SENDS, Op, matching_receive
+from holdfast.trainer.step.planning import with_matrices
 from support.runs.plans import NODES as SCATTERED, check_moves, small_layers
 
 MICRO_BATCHES = 12
@@ -33,13 +34,20 @@ NODES = {rank: f"node-{rank // 4}" for rank in range(64)}
 
 @cache
 def plan_with(
-    tensor: int = 2, context: int = 1, data: int = 2, pipeline: int = 1, virtual: int = 1
+    tensor: int = 2,
+    context: int = 1,
+    data: int = 2,
+    pipeline: int = 1,
+    virtual: int = 1,
+    *,
+    matrices: bool = False,
 ) -> Plan:
     """A first plan with four tensor shards, eight slices of a sequence, and shadows."""
+    layers = small_layers(4, tensor, shards=4, seq_len=32, sequence_parallel=True)
     degrees = {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
     sizes = tuple(degrees.get(axis, 1) for axis in AXES)
     plan = make_plan(
-        small_layers(4, tensor, shards=4, seq_len=32, sequence_parallel=True),
+        [with_matrices(layer) for layer in layers] if matrices else layers,
         Mesh(tuple(AXES.values()), sizes, 4, 8, sequence_parallel=True),
         virtual=virtual,
         schedule="interleaved-1f1b" if virtual > 1 else "1f1b",
@@ -98,10 +106,13 @@ def check(plan: Plan) -> None:
                 done.update(product(forward, units, plan.parts_of(rank)))
         slices = mesh.slices
         assert done == Counter(product(range(MICRO_BATCHES), range(slices), range(mesh.parts)))
+    for keys in (keys for group in plan.given_together for keys in group):
+        [owner] = {plan.owner(key) for key in keys}
+        [followers] = {plan.followers(key) for key in keys}
+        assert owner in plan.candidates(keys)
+        assert owner not in followers
     for block in (block for blocks in plan.blocks for block in blocks):
-        owner = plan.owner(block.key)
-        assert owner in plan.contributors(block) == plan.holders(block)
-        assert owner not in plan.followers(block.key)
+        assert plan.contributors(block) == plan.holders(block)
         assert all(
             not set(plan.parts_of(rank)).isdisjoint(plan.spec_of(block).copies)
             for rank in plan.holders(block)
@@ -114,11 +125,12 @@ def check(plan: Plan) -> None:
     st.sampled_from([(4, 1, 1, 1), (2, 2, 2, 1), (4, 1, 2, 2, 2), (2, 1, 2, 2), (1, 4, 1, 2)]),
     st.randoms(use_true_random=False),
     st.sampled_from([NODES, SCATTERED]),
+    st.booleans(),
 )
 def test_any_losses_and_arrivals_leave_sound_plans(
-    degrees: tuple[int, ...], rng: random.Random, nodes: dict[int, str]
+    degrees: tuple[int, ...], rng: random.Random, nodes: dict[int, str], matrices: bool
 ) -> None:
-    first = plan = plan_with(*degrees)
+    first = plan = plan_with(*degrees, matrices=matrices)
     alive = set(plan.stage_replicas.ranks)
     for generation in range(1, 7):
         before = plan

@@ -16,6 +16,7 @@ from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.shadow_state import shadowed_blocks
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_block_transfers
 from holdfast.parallel.plan.cost import peak_activation_bytes
+from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import (
     Roster,
@@ -37,19 +38,22 @@ SCHEDULES = [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), (
     st.sampled_from([(1, 1, 1), (1, 2, 2), (1, 3, 2), (1, 1, 3), (2, 2, 1), (2, 1, 2), (1, 4, 3)]),
     st.randoms(use_true_random=False),
     st.sampled_from([0, SCHEDULED_PAIRS]),
+    st.booleans(),
 )
 def test_any_sequence_of_losses_and_arrivals_gives_sound_plans(
-    schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random, pairs: int
+    schedule: tuple[str, int],
+    mesh: tuple[int, int, int],
+    rng: random.Random,
+    pairs: int,
+    matrices: bool,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("holdfast.parallel.plan.programs.SCHEDULED_PAIRS", pairs)
-        check_changes(schedule, mesh, rng)
+        check_changes(first_plan(*schedule, *mesh, matrices=matrices), rng)
 
 
-def check_changes(
-    schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random
-) -> None:
-    plan = first_plan(*schedule, *mesh)
+def check_changes(first: Plan, rng: random.Random) -> None:
+    plan = first
     alive = set(plan.stage_replicas.ranks)
     for generation in range(1, 6):
         fresh: frozenset[int] = frozenset()
@@ -75,9 +79,7 @@ def check_changes(
             assert "fewer than parallel.tensor" in str(error)  # noqa: PT017  (one cause is allowed)
             return
         check(plan, alive)
-        again = plan_from_data(
-            first_plan(*schedule, *mesh), json.loads(json.dumps(plan_to_data(plan)))
-        )
+        again = plan_from_data(first, json.loads(json.dumps(plan_to_data(plan))))
         assert again == plan
         holders = set(before.stage_replicas.ranks) & alive - fresh
         held = held_blocks(before, holders)

@@ -75,7 +75,7 @@ def replicated_weights_counted_by_every_rank() -> Iterator[None]:
     def counted(self: optimizer.ShardedOptimizer) -> tuple[torch.Tensor, int]:
         squares, flags = original(self)
         for block in self.owned:
-            squares[self.slot(block.key)] *= len(block.segment.spec.copies)
+            squares[self.slot(block.key)] *= len(block.spec.copies)
         return squares, flags
 
     with mock.patch.object(optimizer.ShardedOptimizer, "reduce", counted):

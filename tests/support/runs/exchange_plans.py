@@ -15,6 +15,7 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.plan import Plan, Roster, make_plan, replan
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
+from holdfast.trainer.step.planning import with_matrices
 
 NODES = {rank: f"node-{rank}" for rank in range(16)}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -26,6 +27,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared in groups": {"data": 4, "shard": "parameters", "shard_group": 2},
     "shared": {"data": 3, "tensor": 2, "shard": "parameters"},
     "shared over stages": {"data": 4, "pipeline": 2, "shard": "gradients", "shard_group": 2},
+    "matrices in parts": {"data": 2, "tensor": 2, "matrices": True},
+    "shared matrices in parts": {
+        "data": 2,
+        "tensor": 4,
+        "kv_heads": 2,
+        "shard": "parameters",
+        "matrices": True,
+    },
     "shared beside copied heads": {"data": 2, "tensor": 4, "shard": "gradients", "kv_heads": 2},
 }
 
@@ -34,6 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def plan_of(layout: str, *, tied: bool) -> Plan:
     sizes = dict(LAYOUTS[layout])
     virtual, schedule = sizes.pop("virtual", 1), sizes.pop("schedule", "1f1b")
+    matrices = sizes.pop("matrices", False)
     shard, group = sizes.pop("shard", "optimizer"), sizes.pop("shard_group", 0)
     model = LlamaConfig(
         family="llama",
@@ -54,7 +64,7 @@ def plan_of(layout: str, *, tied: bool) -> Plan:
         recompute="none",
     )
     return make_plan(
-        layers,
+        [with_matrices(layer) for layer in layers] if matrices else layers,
         Mesh.of(**sizes),
         virtual=virtual,
         schedule=schedule,

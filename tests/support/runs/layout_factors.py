@@ -127,7 +127,8 @@ def config_of(choice: Choice, *, steps: int) -> RunConfig:
     """A small run of a choice.
 
     What is the same in all: an uneven vocabulary, dropout, and fewer key and value heads than the
-    largest tensor degree, with bf16 only one. With documents the embeddings are tied.
+    largest tensor degree, with bf16 only one. With documents the embeddings are tied, and matrices
+    are updated whole, so that this, too, goes with every value.
     """
     keys = {"precision": "fp32", "packing": "concatenated", **choice}
     sections: dict[str, dict[str, Any]] = {
@@ -141,6 +142,7 @@ def config_of(choice: Choice, *, steps: int) -> RunConfig:
         "micro_batch": 1,
         "global_batch": _micro_batches(choice),
     }
+    documents = sections["data"]["packing"] == "documents"
     model = {
         "layers": min(sum(blocks), MOST_LAYERS),
         "hidden": 16,
@@ -149,12 +151,12 @@ def config_of(choice: Choice, *, steps: int) -> RunConfig:
         "kv_heads": 1 if sections["train"]["precision"] == "bf16" else 2,
         "intermediate": 24,
         "vocab": 37,
-        "tie_embeddings": sections["data"]["packing"] == "documents",
+        "tie_embeddings": documents,
     }
     return make_config(
         model=model,
         parallel={**keys, "blocks_per_chunk": blocks},
-        optimizer={"block_elements": 256},
+        optimizer={"block_elements": 256, "name": "muon" if documents else "adamw"},
         **sections,
     )
 

@@ -16,6 +16,7 @@ from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
+from holdfast.trainer.step.planning import with_matrices
 
 MICRO_BATCHES = 8
 NODES = {rank: f"node-{rank % 3}" for rank in range(64)}
@@ -46,9 +47,12 @@ def first_plan(
     pipeline: int = 2,
     *,
     sequence_parallel: bool = False,
+    matrices: bool = False,
 ) -> Plan:
+    """A plan with shadows; with `matrices` those of layers are updated as such."""
+    layers = small_layers(12, tensor, sequence_parallel=sequence_parallel)
     plan = make_plan(
-        small_layers(12, tensor, sequence_parallel=sequence_parallel),
+        [with_matrices(layer) for layer in layers] if matrices else layers,
         Mesh.of(tensor=tensor, data=data, pipeline=pipeline),
         virtual=virtual,
         schedule=schedule,
@@ -72,10 +76,12 @@ def check(plan: Plan, ranks: set[int]) -> None:
         only = frozenset({1, 4, 6})
         some = {rank: training_program(plan, rank, only) for rank in programs}
         check_programs(some, len(plan.placement), sorted(only))
-    for blocks in plan.blocks:
-        for block in blocks:
-            owner, shadows = plan.owner(block.key), plan.shadows[block.part][block.index]
-            assert owner in plan.contributors(block)
+    for group in plan.given_together:
+        for keys in group:
+            [owner] = {plan.owner(key) for key in keys}
+            [shadows] = {plan.shadows[part][place] for part, place in keys}
+            assert len({plan.followers(key) for key in keys}) == 1
+            assert owner in plan.candidates(keys)
             assert owner not in shadows
             assert len(set(shadows)) == len(shadows) == min(1, len(ranks) - 1)
             if len({NODES[rank] for rank in ranks}) > 1:

@@ -232,7 +232,8 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(
 def test_kills_change_no_bit_of_matrices_groups_moments_and_averages(
     start: Starter, undisturbed: Undisturbed
 ) -> None:
-    """Masters, too, come from shadows in the device's memory."""
+    """Masters, too, come from shadows in the device's memory, and matrices are whole with one rank,
+    though each rank computes with a part."""
     optimizer = {
         "name": "muon",
         "moments_dtype": "bf16",
@@ -240,11 +241,12 @@ def test_kills_change_no_bit_of_matrices_groups_moments_and_averages(
         "groups": [{"match": "*k_proj*", "lr": 3e-3}, {"match": "lm_head*", "weight_decay": 0.0}],
     }
     train = {"steps": 6, "global_batch": 3, "precision": "bf16"}
-    sections = {"train": train, "model": STAGED, "optimizer": optimizer}
+    numerics = {"tensor_shards": 2}
+    sections = {"train": train, "model": STAGED, "optimizer": optimizer, "numerics": numerics}
     faults = [fault("kill", 1, 2, "vote"), fault("kill", 2, 5, "apply")]
     run = start(
         **sections,
-        parallel={"data": 2, "pipeline": 2},
+        parallel={"data": 2, "tensor": 2},
         elastic=pace({"chaos": faults, "verify_every": 2, "shadow_memory": "device"}, 2 * PACE_S),
     )
     assert run.finish() == 0, run.output()

@@ -225,7 +225,7 @@ class _Table:
                 0.0,
                 parts_differ=self.norms_differ,
             )
-            rows.append(replace(bias, whole=True, balance=router.bias_speed))
+            rows.append(replace(bias, whole=bias.box, balance=router.bias_speed))
         if experts.shared:
             rows += self._mlp(f"{prefix}.mlp.shared_experts", "mlp.shared", experts.shared)
         first = self._split(experts.count)[0]

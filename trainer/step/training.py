@@ -25,6 +25,7 @@ from holdfast.parallel.optimizer import (
     GradientAccumulator,
     ParameterBuffer,
     ShadowState,
+    ShardedOptimizer,
     clipping_factor,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
@@ -115,10 +116,7 @@ class Training:
         if self.offloader is not None:
             self.offloader.keep(self.model.buffer.values)
         self._shadows = self._shadows_after(before)
-        owned = None if before is None else before.optimizer.owned_state
-        self.optimizer = new_optimizer(
-            config, plan, rank, self.model, groups, self._shadows, owned, initial=initial
-        )
+        self.optimizer = self._optimizer_after(before, initial=initial)
         if self.model.layers is not None:
             self.model.layers.connect(plan, rank, groups.world)
         self._fence: Fence | None = None
@@ -167,6 +165,19 @@ class Training:
                 return carried
         weights: Weights = "drawn" if initial else "unset"
         return new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
+
+    def _optimizer_after(self, before: Training | None, *, initial: bool) -> ShardedOptimizer:
+        """The optimizer of this rank's blocks; it reuses what it can of the plan before."""
+        return new_optimizer(
+            self.config,
+            self.plan,
+            self.rank,
+            self.model,
+            self.groups,
+            self._shadows,
+            None if before is None else before.optimizer.owned_state,
+            initial=initial,
+        )
 
     def _shadows_after(self, before: Training | None) -> ShadowState | None:
         """The copies of other ranks' blocks; None in a run that is not elastic."""

@@ -1,6 +1,6 @@
 """The exchange of gradient sums and updated parameters between ranks, beside computation.
 
-May import parallel.comm, parallel.errors, parallel.optimizer.accumulator,
+May import parallel.comm, parallel.errors, parallel.layout, parallel.optimizer.accumulator,
 parallel.optimizer.kernels, parallel.optimizer.packing, parallel.optimizer.parameter_buffer and
 parallel.plan.
 """

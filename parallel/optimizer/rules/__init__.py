@@ -1,6 +1,6 @@
 """The optimizers: their kinds of state, constants and updates, and the groups of parameters.
 
-May import parallel.precision.
+May import parallel.layout, parallel.plan and parallel.precision.
 """
 
 import lazy_loader

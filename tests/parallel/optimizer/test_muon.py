@@ -184,7 +184,7 @@ def test_a_run_goes_on_in_other_layouts(
     cluster: Cluster, alone_sharded: dict[str, Any], tmp_path: Path, precision: str
 ) -> None:
     """Ranks load parts that they do not compute with, and master values of these in bf16."""
-    sections = {**SHARDED, "train": {"precision": precision}}
+    sections: dict[str, Any] = {**SHARDED, "train": {"precision": precision}}
     expected = run_here(few_steps(**sections)) if precision == "bf16" else alone_sharded
     for stop, layout in ((2, {"tensor": 2}), (4, {"tensor": 4}), (0, {})):
         config = few_steps(stop, parallel=layout, **sections)

@@ -38,7 +38,7 @@ def stages_of(run: ElasticRun) -> list[list[list[list[int]]]]:
 
 def test_one_replica_loses_rank_after_rank(start: Starter, cluster: Cluster) -> None:
     """Matrices that have one owner, whichever ranks hold their parts, change owners."""
-    sections = {**SHALLOW, "optimizer": {"name": "muon"}}
+    sections: dict[str, Any] = {**SHALLOW, "optimizer": {"name": "muon"}}
     kills = [(1, 2, "backward"), (3, 3, "reduce"), (0, 5, "gather")]
     run = start(
         **sections,

@@ -15,6 +15,9 @@ from .fence import (
     BlockNumbers as BlockNumbers,
     Fence as Fence,
 )
+from .kernels import (
+    operations_of as operations_of,
+)
 from .owned_state import (
     OwnedState as OwnedState,
 )

@@ -10,9 +10,9 @@ from .executor import (
 )
 from .model_chunk import (
     Chunk as Chunk,
-    LoadKey as LoadKey,
     MicroBatchContext as MicroBatchContext,
     Passage as Passage,
+    TokensKey as TokensKey,
     WeightGradientQueue as WeightGradientQueue,
 )
 from .runner import (

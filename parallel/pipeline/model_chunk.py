@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -22,8 +22,8 @@ class Passage(NamedTuple):
     """Which of the equal parts of its sequences; None: all of them."""
 
 
-class LoadKey(NamedTuple):
-    """The tokens of which a router has counted the choices."""
+class TokensKey(NamedTuple):
+    """Some tokens at a layer, of which it notes something by themselves."""
 
     layer: int
     part: int
@@ -51,7 +51,9 @@ class MicroBatchContext:
     """The slices of its sequences, of which the pass computes this rank's own."""
     kept: dict[object, Any] = field(default_factory=dict)
     """What a module keeps for other stretches of the micro-batch, by itself."""
-    loads: dict[LoadKey, Tensor] = field(default_factory=dict)
+    watch: Callable[[int, Sequence[Tensor], MicroBatchContext], None] | None = None
+    """Called with each layer but the last, its hidden states of the own slices, and this."""
+    loads: dict[TokensKey, Tensor] = field(default_factory=dict)
     """What routers note in training: the choices of each expert, int64[experts]."""
 
 

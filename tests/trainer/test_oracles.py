@@ -233,15 +233,18 @@ def test_fifty_steps_of_a_growing_batch_equal_a_plain_loop(cluster: Cluster) -> 
 
 
 @pytest.mark.mp
-def test_norms_by_layer_are_those_of_transformers(cluster: Cluster) -> None:
+def test_norms_and_outputs_by_layer_are_those_of_transformers(cluster: Cluster) -> None:
     config = make_config(
         model={"dropout": 0.0, "layers": 2},
         train={"steps": 1, "global_batch": 4},
         log={"norms_every": 1},
         parallel={"pipeline": 2},
     )
-    found = run_training(cluster, config)["layer_norms"]
+    found = run_training(cluster, config)
     theirs = oracle(config)
+    outputs: list[torch.Tensor] = []
+    for module in (theirs.model.embed_tokens, *theirs.model.layers):
+        module.register_forward_hook(lambda *given: outputs.append(given[-1].detach().double()))
     data = open_dataset(config.data, vocab=config.model.vocab, seq_len=16, seed=config.train.seed)
     rows = torch.from_numpy(np.concatenate([windows_of(data.sample(row)) for row in range(4)]))
     logits = theirs(rows[:, :-1]).logits
@@ -253,7 +256,11 @@ def test_norms_by_layer_are_those_of_transformers(cluster: Cluster) -> None:
         assert parameter.grad is not None
         values = (parameter.grad, parameter.detach())
         squares[layer] += torch.tensor([v.double().square().sum().item() for v in values])
-    assert np.array(found[0]) == pytest.approx(squares.sqrt().numpy(), rel=1e-5)
+    assert np.array(found["layer_norms"][0]) == pytest.approx(squares.sqrt().numpy(), rel=1e-5)
+    sizes = [
+        (output.square().mean().sqrt().item(), output.abs().max().item()) for output in outputs
+    ]
+    assert np.array(found["layer_outputs"][0]) == pytest.approx(np.array(sizes), rel=1e-5)
 
 
 def losses_at_the_start(

@@ -344,7 +344,12 @@ class LogConfig(Section, frozen=True):
     trace_steps: list[int] = []
     """Steps, counted from 1, whose actions are written for Perfetto."""
     norms_every: int = 0
-    """Steps between those whose norms of gradients and parameters are noted by layer; 0: none."""
+    """Steps between those whose norms of gradients and parameters, and sizes of outputs, are noted
+    by layer; 0: none."""
+
+    def has_norms(self, step: int) -> bool:
+        """Whether a step, counted from 0, is one of these. Pure."""
+        return bool(self.norms_every) and (step + 1) % self.norms_every == 0
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -51,8 +51,10 @@ class ModelChunk(Chunk):
     def forward(self, hidden: Tensor | None, context: MicroBatchContext) -> Tensor:
         count = len(context.slices.own)
         values = None if hidden is None else [_aligned(part) for part in hidden.chunk(count)]
-        for module in self.layers.values():
+        for layer, module in self.modules_by_layer():
             values = module(values, context)
+            if context.watch is not None and layer < len(self._specs) - 1:
+                context.watch(layer, values, context)
         assert values is not None
         if count == 1:
             return values[0]

@@ -42,7 +42,10 @@ class StepMetrics:
     """By layer, the norm of its gradients before clipping, in steps of log.norms_every."""
     param_norms: dict[str, float] = field(default_factory=dict)
     """The same of its parameters before the update."""
-
+    output_rms: dict[str, float | None] = field(default_factory=dict)
+    """By layer, in the same steps, the root mean square of its output; None: it is not finite."""
+    output_max: dict[str, float | None] = field(default_factory=dict)
+    """The largest absolute value of its output."""
     expert_load: dict[str, float] = field(default_factory=dict)
     """By layer with experts, the choices of the one with most over the mean."""
     expert_entropy: dict[str, float] = field(default_factory=dict)
@@ -66,6 +69,8 @@ _LEFT_OUT = (
     "validation_hex",
     "grad_norms",
     "param_norms",
+    "output_rms",
+    "output_max",
     "expert_load",
     "expert_entropy",
     "experts_unused",

@@ -115,11 +115,15 @@ class Reporter:
         for name, norms in (("grad", metrics.grad_norms), ("param", metrics.param_norms)):
             extra |= {f"{name}_norm/{layer}": norm for layer, norm in norms.items()}
         for tag, values in (
-            ("load", metrics.expert_load),
-            ("entropy", metrics.expert_entropy),
-            ("unused", metrics.experts_unused),
+            ("experts_load", metrics.expert_load),
+            ("experts_entropy", metrics.expert_entropy),
+            ("experts_unused", metrics.experts_unused),
+            ("output_rms", metrics.output_rms),
+            ("output_max", metrics.output_max),
         ):
-            extra |= {f"experts_{tag}/{layer}": value for layer, value in values.items()}
+            extra |= {
+                f"{tag}/{layer}": value for layer, value in values.items() if value is not None
+            }
         if self._training.config.numerics.spike_window:
             extra["optim/step_skipped"] = float(bool(outcome.spike))
         for name, loss in evaluated.items():
@@ -149,6 +153,10 @@ class Reporter:
         norms = outcome.layer_norms
         names = [layer.name for layer in plan.layers] if norms else []
         layers = dict(zip(names, norms, strict=True))
+        outputs = {
+            layer.name: output or (None, None)
+            for layer, output in zip(plan.layers, outcome.layer_outputs, strict=False)
+        }
         loads = {
             layer.name: load_of(choices)
             for layer, choices in zip(
@@ -173,6 +181,8 @@ class Reporter:
             validation_hex={name: loss.hex() for name, loss in evaluated.items()},
             grad_norms={name: norms[0] for name, norms in layers.items()},
             param_norms={name: norms[1] for name, norms in layers.items()},
+            output_rms={name: output[0] for name, output in outputs.items()},
+            output_max={name: output[1] for name, output in outputs.items()},
             expert_load={name: load.most for name, load in loads.items()},
             expert_entropy={name: load.entropy for name, load in loads.items()},
             experts_unused={name: load.unused for name, load in loads.items()},

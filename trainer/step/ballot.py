@@ -2,8 +2,8 @@
 
 The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
 in its slot, and one count per entry of `MARKS`; in steps whose norms are noted (log.norms_every)
-then the square sums of the blocks' parameters. One rank fills a slot and all others have zero
-there, so sums are exact.
+then the square sums of the blocks' parameters, and the sizes of layers' outputs (notes.py). One
+rank fills a slot and all others have zero there, or all have whole numbers, so sums are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
-from holdfast.parallel.pipeline import LoadKey, Passage
+from holdfast.parallel.pipeline import Passage
+from holdfast.trainer.step.notes import Loads, sizes
 from holdfast.trainer.step.progress import Outcome, Requests
 
 Losses = Mapping[Passage, Tensor]
@@ -25,8 +26,6 @@ Losses = Mapping[Passage, Tensor]
 one."""
 SliceLosses = dict[tuple[int, int], Tensor]
 """(micro-batch, slice) -> the sum of its token losses, a float64 scalar."""
-Loads = dict[LoadKey, Tensor]
-"""The choices of each expert of a layer, of a part of the tokens of a slice: int64[experts]."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
 REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
@@ -47,6 +46,8 @@ class BallotFormat:
     """The layer of each block, in a step whose norms are noted; else empty."""
     experts: tuple[int, int] = (0, 0)
     """The layers of the model, and the experts of each."""
+    outputs: tuple[int, int] = (0, 0)
+    """In a step whose norms are noted, the layers with outputs, and the numbers of each."""
 
     def pack(
         self,
@@ -56,9 +57,10 @@ class BallotFormat:
         requests: Requests,
         parameters: Tensor | None = None,
         loads: Loads | None = None,
+        outputs: Tensor | None = None,
     ) -> Tensor:
-        """This rank's tensor: float64[squares + losses + len(MARKS)], `squares` more for norms, and
-        one for each expert of each layer.
+        """This rank's tensor: float64[squares + losses + len(MARKS)], `squares` and `outputs` more
+        for norms, and one for each expert of each layer.
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
@@ -66,6 +68,7 @@ class BallotFormat:
             losses: float64[losses], zero but for those that this rank reports.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
             loads: those that this rank reports.
+            outputs: float64[outputs], in a step whose norms are noted.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
         marks |= {name: getattr(requests, name) for name in REQUESTS}
@@ -73,7 +76,7 @@ class BallotFormat:
         of_experts = torch.zeros(self.experts, dtype=torch.float64)
         for key, load in (loads or {}).items():
             of_experts[key.layer] += load.to(of_experts)
-        norms = [] if parameters is None else [parameters]
+        norms = [noted.flatten() for noted in (parameters, outputs) if noted is not None]
         return torch.cat([squares, losses, counts, *norms, of_experts.flatten()])
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
@@ -87,6 +90,8 @@ class BallotFormat:
         counts = {name: int(rest[self.losses + place]) for place, name in enumerate(MARKS)}
         asked = self.squares if self.layers else 0
         parameters = rest[self.losses + len(MARKS) :][:asked]
+        noted = self.squares + self.losses + len(MARKS) + asked
+        outputs = summed[noted : noted + prod(self.outputs)].view(self.outputs)
         loads = summed[len(values) - prod(self.experts) :].view(self.experts).long()
         finite = bool(torch.isfinite(summed[: self.squares]).all()) and not counts["nonfinite"]
         return Outcome(
@@ -97,6 +102,7 @@ class BallotFormat:
             requests=Requests(**{name: counts[name] > 0 for name in REQUESTS}),
             leaving_ranks=counts["leave"],
             layer_norms=layer_norms(squares, parameters, self.layers) if finite else (),
+            layer_outputs=sizes(outputs),
             loads=tuple(map(tuple, loads.tolist())) if self.experts[1] else (),
         )
 

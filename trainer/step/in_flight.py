@@ -12,11 +12,12 @@ from torch import nn
 
 from holdfast.parallel.layout import Box, contributing_parts
 from holdfast.parallel.optimizer import Segment
-from holdfast.parallel.pipeline import LoadKey
+from holdfast.parallel.pipeline import TokensKey
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.step.ballot import Loads, Losses, SliceLosses, by_slice
+from holdfast.trainer.step.ballot import Losses, SliceLosses, by_slice
 from holdfast.trainer.step.construction import ModelParts
+from holdfast.trainer.step.notes import Notes
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
@@ -50,8 +51,8 @@ class StepInFlight:
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: SliceLosses = {}
         """The loss sums of an interrupted step that this rank reports again."""
-        self._own_loads: Loads = {}
-        """The loads of experts of an interrupted step that this rank reports again."""
+        self._own_notes = Notes()
+        """The notes of layers in an interrupted step that this rank reports again."""
         self._backwards = 0
         self._half = sum(action.op in _BACKWARDS for action in program) // 2
         self._at_half: Callable[[], None] = lambda: None
@@ -66,7 +67,7 @@ class StepInFlight:
         if self._interrupted.step == step:
             return True
         self._interrupted = NOT_INTERRUPTED
-        self._own_losses, self._own_loads = {}, {}
+        self._own_losses, self._own_notes = {}, Notes()
         self._accumulator.clear()
         return False
 
@@ -81,7 +82,7 @@ class StepInFlight:
         if before is None:
             self._accumulator.clear()
             return
-        self._own_losses, self._own_loads = before._own_losses, before._own_loads
+        self._own_losses, self._own_notes = before._own_losses, before._own_notes
         if before._accumulator is not self._accumulator:
             self._accumulator.take_over(before._accumulator, self._same_segments(before))
 
@@ -135,12 +136,12 @@ class StepInFlight:
         parts = contributing_parts(segment.row, self._parts)
         return [(part, segment.layer, segment.row.index) for part in parts]
 
-    def included(self, losses: Losses | None, loads: Loads | None = None) -> Included:
+    def included(self, losses: Losses | None, notes: Notes | None = None) -> Included:
         """The units that each parameter's sums include, after an interruption.
 
         Args:
             losses: those of the model's last chunk; None if another rank has it.
-            loads: what routers of experts have counted here; None: there are none.
+            notes: those of layers here; None: there are none.
         """
         count, included = self._slices.count, dict[ParameterKey, frozenset[int]]()
         for segment in self._buffer.segments:
@@ -160,21 +161,25 @@ class StepInFlight:
                 for (micro_batch, number), loss in known.items()
                 if micro_batch * count + number in units
             }
-        self._own_loads = {
-            key: counts
-            for key, counts in ((loads or {}) | self._own_loads).items()
-            if key.micro_batch * count + key.number in included.get(_load_key(key), ())
-        }
+        self._own_notes = (
+            (notes or Notes())
+            .and_of(self._own_notes)
+            .only(
+                lambda key: key.micro_batch * count + key.number in included.get(_note_key(key), ())
+            )
+        )
         return included
 
-    def reported_loads(self, loads: Loads) -> Loads:
-        """The loads of experts that only this rank reports."""
-        own = self._own_loads if self._interrupted is not NOT_INTERRUPTED else {}
-        return own | {
-            key: counts
-            for key, counts in loads.items()
-            if key.number not in self._interrupted.slices_in(_load_key(key), key.micro_batch)
-        }
+    def reported_notes(self, notes: Notes) -> Notes:
+        """The notes of layers that only this rank reports."""
+        own = self._own_notes if self._interrupted is not NOT_INTERRUPTED else Notes()
+        return own.and_of(
+            notes.only(
+                lambda key: (
+                    key.number not in self._interrupted.slices_in(_note_key(key), key.micro_batch)
+                )
+            )
+        )
 
     def reported(self, losses: Losses) -> SliceLosses:
         """The loss sums that only this rank reports."""
@@ -193,8 +198,8 @@ class StepInFlight:
         return 0, len(self._plan.layers) - 1, 0
 
 
-def _load_key(key: LoadKey) -> ParameterKey:
-    """The parameter that decides which rank reports a load: the layer's first row."""
+def _note_key(key: TokensKey) -> ParameterKey:
+    """The parameter that decides which rank reports a note: the layer's first row."""
     return key.part, key.layer, 0
 
 

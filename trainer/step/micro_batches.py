@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from holdfast.parallel.comm import FlightRecorder
 from holdfast.parallel.layout import Slices
-from holdfast.parallel.pipeline import Batch, LoadKey, MicroBatchContext, Passage
+from holdfast.parallel.pipeline import Batch, MicroBatchContext, Passage
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
+from holdfast.trainer.step.notes import Notes
 
 
 def reads_batches(config: RunConfig, chunks: Iterable[int], last_chunk: int) -> bool:
@@ -62,15 +62,19 @@ class MicroBatches:
         """The micro-batch whose forward pass ran last."""
         self.begin(0, data, training=True)
 
-    def begin(self, step: int, data: Dataset, *, training: bool) -> None:
-        """Begin another step (counted from 0), or another batch of an evaluation."""
+    def begin(self, step: int, data: Dataset, *, training: bool, noted: Sequence[int] = ()) -> None:
+        """Begin another step (counted from 0), or another batch of an evaluation.
+
+        Args:
+            noted: the parts whose tokens' outputs of layers are noted, as of `Notes`.
+        """
         self.step, self.training, self._data = step, training, data
         self.current = 0
         self.predicted = max(1, self._predicted())
         """The number of tokens that the step predicts, over all replicas; 1 if it predicts none."""
         self._known: dict[int, _Known] = {}
-        self.loads: dict[LoadKey, Tensor] = {}
-        """What the routers of experts have counted in this step."""
+        self.notes = Notes(noted)
+        """What layers have noted in this step."""
 
     def context(self, passage: Passage) -> MicroBatchContext:
         """The context of what a chunk computes next."""
@@ -88,7 +92,8 @@ class MicroBatches:
             self._train.z_loss_coef,
             self.slices if stretch is None else self._stretches[stretch],
             kept,
-            self.loads,
+            self.notes.watch if self.notes.parts else None,
+            self.notes.loads,
         )
 
     def _read(self, micro_batch: int) -> Batch | None:

@@ -61,6 +61,9 @@ class Outcome:
     layer_norms: tuple[tuple[float, float], ...] = ()
     """Of each layer, the norms of its gradients before clipping and of its parameters before the
     update; empty: they were not asked for."""
+    layer_outputs: tuple[tuple[float, float] | None, ...] = ()
+    """Of each layer but the last, the root mean square of its output and the largest absolute
+    value, None if one is not finite; empty: they were not asked for."""
     loads: tuple[tuple[int, ...], ...] = ()
     """Of each layer, the choices of each of its experts in the step; empty: there are none."""
 

@@ -61,6 +61,7 @@ from holdfast.trainer.step.evaluation import (
 )
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
+from holdfast.trainer.step.notes import packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included
 from holdfast.trainer.step.progress import (
@@ -254,7 +255,8 @@ class Training:
         return self.config.train.global_batch // self.config.train.micro_batch
 
     def _start(self, step: int, data: Dataset, *, training: bool) -> None:
-        self._micro_batches.begin(step, data, training=training)
+        noted = self._noted_parts if training and self.config.log.has_norms(step) else ()
+        self._micro_batches.begin(step, data, training=training, noted=noted)
         for runner in self._runners.values():
             runner.clear()
 
@@ -328,13 +330,20 @@ class Training:
             raise error
         self.offloader.abort(str(error))
         self.executor.run_weight_parts()
-        included = self._in_flight.included(self._last_losses, self._micro_batches.loads)
+        included = self._included_here()
         self._in_flight.resume(step, included, self._in_flight)
         self._start(step, self.data, training=True)
         self._in_flight.begin(step, lambda: None)
         program = self._rest_of(step)
         self.optimizer.go_on(self._offers(program[0]))
         return self.executor.run(*program)
+
+    @property
+    def _noted_parts(self) -> tuple[int, ...]:
+        """The parts whose tokens' outputs this rank notes; none: another rank has these tokens."""
+        here = self.plan.mesh_of(self.rank).along(self.groups.shards.index)
+        is_copy = here["tensor"] > 0 and not self.config.parallel.sequence_parallel
+        return () if is_copy else self.plan.parts_of(self.rank)
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches of `step` that some rank's sums lack when it begins."""
@@ -353,7 +362,11 @@ class Training:
         if not self._micro_batches.training or self.progress.decided != step:
             return {}
         self.executor.run_weight_parts()
-        return self._in_flight.included(self._last_losses, self._micro_batches.loads)
+        return self._included_here()
+
+    def _included_here(self) -> Included:
+        """The units in each parameter's sums here; what was noted of them is kept."""
+        return self._in_flight.included(self._last_losses, self._micro_batches.notes)
 
     def resume_step(self, step: int, included: Included, before: Training | None) -> None:
         """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
@@ -388,14 +401,17 @@ class Training:
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
         slots = loss_slots(reported, self.step_micro_batches, self.slices.count)
-        every, parameters = self.config.log.norms_every, None
-        layers = self._block_layers if every and (self._in_flight.step + 1) % every == 0 else ()
-        if layers:
-            parameters = self.optimizer.parameter_squares()
-        loads = self._in_flight.reported_loads(self._micro_batches.loads)
+        notes = self._in_flight.reported_notes(self._micro_batches.notes)
+        layers, parameters, outputs = (), None, torch.empty(0, 0, dtype=torch.float64)
+        if self.config.log.has_norms(self._in_flight.step):
+            layers, parameters = self._block_layers, self.optimizer.parameter_squares()
+            place = place_of(self.plan, self.rank)
+            outputs = packed(notes.outputs, len(self.plan.layers) - 1, *place)
         experts = (len(self.plan.layers), experts_of(self.config.model))
-        ballot = BallotFormat(self.optimizer.slots, len(slots), layers, experts)
-        summed = ballot.pack(squares, slots, flags, requests, parameters, loads)
+        ballot = BallotFormat(
+            self.optimizer.slots, len(slots), layers, experts, (len(outputs), outputs.shape[1])
+        )
+        summed = ballot.pack(squares, slots, flags, requests, parameters, notes.loads, outputs)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)

@@ -55,7 +55,7 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
 
     run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
-    losses, norms, layers = [], [], []
+    losses, norms, layers, outputs = [], [], [], []
     for step in range(run_config.train.steps):
         training.compute(step)
         outcome = training.vote(*training.reduce())
@@ -63,8 +63,10 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
         layers.append(outcome.layer_norms)
+        outputs.append(outcome.layer_outputs)
     found = {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
-    return found | ({"layer_norms": layers} if run_config.log.norms_every else {})
+    noted = {"layer_norms": layers, "layer_outputs": outputs}
+    return found | (noted if run_config.log.norms_every else {})
 
 
 def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict) -> Any:

@@ -23,7 +23,7 @@ from holdfast.parallel.expert_parallel import (
     expert_products,
     logits_of,
 )
-from holdfast.parallel.pipeline import LoadKey, MicroBatchContext, WeightGradientQueue
+from holdfast.parallel.pipeline import MicroBatchContext, TokensKey, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import TensorParallel, in_slice
 from holdfast.trainer.models.decoder.norms import Queues
 from holdfast.trainer.models.decoder.section import DecoderConfig, ExpertDesign
@@ -147,7 +147,7 @@ class Experts(nn.Module):
 
     def _note(self, loads: Sequence[Tensor], context: MicroBatchContext, number: int) -> None:
         for part, load in zip(self._tp.own_parts, loads, strict=True):
-            key = LoadKey(self._layer, part, context.micro_batch, number)
+            key = TokensKey(self._layer, part, context.micro_batch, number)
             context.loads[key] = load
 
     def _with_loads(self, choices: Choices, loads: Sequence[Tensor], number: int) -> Choices:

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from holdfast.parallel.pipeline import WeightGradientQueue
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 LOAD_UNIT = 2.0**-8
@@ -117,24 +119,38 @@ def balance_loss(choices: Choices, counts: Tensor, rows: Tensor, tokens: Tensor)
     return (factor[rows] * choices.shares).sum()
 
 
-def add_gradient(value: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+def add_gradient(
+    value: Tensor, parameter: nn.Parameter, gradient: Tensor, queue: WeightGradientQueue
+) -> Tensor:
     """`value` as it is; what it leads to gives `parameter` this gradient, whatever that is.
 
-    The gradient is rounded to the parameter's type.
+    A sink gets it as it is: rounded to 16 bits, loads above 256 would not be what was counted.
+    Without a sink autograd rounds it to the parameter's type.
     """
-    return _AddGradient.apply(value, parameter, gradient)  # pyrefly: ignore[bad-return]
+    return _AddGradient.apply(  # pyrefly: ignore[bad-return]
+        value, parameter, gradient, queue
+    )
 
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient.to(parameter.dtype)
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        queue: WeightGradientQueue,
+    ) -> Tensor:
+        ctx.parameter, ctx.gradient, ctx.queue = parameter, gradient, queue
         return value.view_as(value)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, ctx.gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        if ctx.queue.has_sink:
+            ctx.queue.add(ctx.parameter, ctx.gradient)
+            return gradient, None, None, None
+        return gradient, ctx.gradient.to(ctx.parameter.dtype), None, None
 
 
 def add_loss(value: Tensor, loss: Tensor, scale: float) -> Tensor:

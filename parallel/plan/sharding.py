@@ -76,11 +76,13 @@ def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
 
 
 def is_whole(plan: Plan, block: Block) -> bool:
-    """Whether every rank keeps a block's sums whole: those of rows that several parts have.
+    """Whether every rank keeps a block's sums whole: rows that several parts have, and loads.
 
-    They belong to norms and the like, which are small.
+    They belong to norms and the like, which are small. What ranks share travels in the type of the
+    parameters, in which loads would be rounded.
     """
-    return len(plan.spec_of(block).copies) > 1
+    spec = plan.spec_of(block)
+    return len(spec.copies) > 1 or spec.balance is not None
 
 
 def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) -> tuple[int, ...]:

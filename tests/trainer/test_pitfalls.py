@@ -130,6 +130,8 @@ EXPERTS = {
 OF_EXPERTS: list[tuple[str, str]] = [
     ("expert_gradients_scaled_by_ranks", "gradient"),
     ("router_loss_of_own_tokens_alone", "activation gradient"),
+    ("router_not_summed_over_tensor", "gradient"),
+    ("choices_carry_no_gradient", "activation gradient"),
     ("replicated_weights_counted_by_every_rank", "gradient norm"),
     ("clipping_by_own_norm", "gradient norm"),
     ("dropout_equal_on_sequence_shards", "activation"),

@@ -48,7 +48,8 @@ def _patched_specs(change: Any) -> Any:
 
 
 @contextmanager
-def _specs(change: Any) -> Iterator[None]:
+def changed_specs(change: Any) -> Iterator[None]:
+    """Every parameter row passed through `change`."""
     with mock.patch.object(planning, "layer_specs", _patched_specs(change)):
         yield
 
@@ -56,14 +57,16 @@ def _specs(change: Any) -> Iterator[None]:
 @contextmanager
 def norm_weights_not_summed_over_tensor() -> Iterator[None]:
     """A replicated weight not flagged for sequence parallelism."""
-    with _specs(lambda s: replace(s, summed=()) if len(s.shape) == 1 else s):
+    with changed_specs(lambda s: replace(s, summed=()) if len(s.shape) == 1 else s):
         yield
 
 
 @contextmanager
 def shared_kv_heads_not_summed() -> Iterator[None]:
     """Key and value heads replicated over tensor ranks drift apart."""
-    with _specs(lambda s: replace(s, summed=()) if "k_proj" in s.name or "v_proj" in s.name else s):
+    with changed_specs(
+        lambda s: replace(s, summed=()) if "k_proj" in s.name or "v_proj" in s.name else s
+    ):
         yield
 
 

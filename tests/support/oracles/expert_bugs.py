@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from holdfast.parallel.expert_parallel import products
+from holdfast.parallel.expert_parallel.dispatch import Dispatch
+from holdfast.parallel.optimizer.rules.groups import ParameterGroups
 from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
 from holdfast.parallel.tensor_parallel.split import TensorParallel
 from holdfast.trainer.models.decoder import experts
+from support.oracles.bugs import changed_specs
 
 
 @contextmanager
@@ -42,4 +46,35 @@ def router_loss_of_own_tokens_alone() -> Iterator[None]:
             self._tp = whole
 
     with mock.patch.object(experts.Experts, "_with_losses", alone):
+        yield
+
+
+@contextmanager
+def router_not_summed_over_tensor() -> Iterator[None]:
+    """Each rank of a tensor group has the gradient of its own tokens for the router."""
+    with changed_specs(lambda s: replace(s, summed=()) if s.local == "mlp.router" else s):
+        yield
+
+
+@contextmanager
+def choices_carry_no_gradient() -> Iterator[None]:
+    """The weights of a token's experts come to where these are added up without a gradient."""
+    original = Dispatch.to_tokens
+
+    def lost(self: Dispatch, rows: Any, weights: Any) -> Any:
+        return original(self, rows, weights.detach())
+
+    with mock.patch.object(Dispatch, "to_tokens", lost):
+        yield
+
+
+@contextmanager
+def experts_without_tokens_are_left_out() -> Iterator[None]:
+    """An expert that no token of a step came to keeps its weights, which would decay."""
+    original = ParameterGroups.update
+
+    def chosen(self: Any, updates: Any, *rest: Any) -> None:
+        original(self, [u for u in updates if u.gradient.count_nonzero()], *rest)
+
+    with mock.patch.object(ParameterGroups, "update", chosen):
         yield

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from holdfast.parallel.optimizer.rules import groups
 from holdfast.trainer.reports.metrics import load_of
 from support.oracles.transformers_models import DEEPSEEK
 from support.processes.cluster import Cluster
@@ -29,6 +33,25 @@ SECTIONS: dict[str, Any] = {
     "numerics": {"tensor_shards": 4},
 }
 KILLS = [(1, 2, "compute"), (6, 3, "backward"), (3, 5, "reduce")]
+MARK = "HOLDFAST_TEST_DIED_BEFORE_BIASES"
+"""The variable that names a file: the process that makes it dies."""
+
+
+def die_before_biases() -> None:
+    """Have the process that is first to come to the biases of step 3 die before they change."""
+    update = groups._update
+
+    def dying(rule: Any, updates: Any, step: Any, *rest: Any) -> None:
+        if updates and updates[0].balance is not None and step == 3:
+            try:
+                Path(os.environ[MARK]).touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        update(rule, updates, step, *rest)
+
+    groups._update = dying  # pyrefly: ignore[bad-assignment]
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +93,22 @@ def test_three_of_eight_ranks_with_experts_are_lost(
     assert run.bits() == expected
     assert [step["expert_load"] for step in run.steps()] == loads
     assert len(run.events("rank_lost")) >= 3
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
+def test_a_rank_that_dies_between_its_weights_and_its_biases_changes_no_bit(
+    tmp_path: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank's biases are those of another step than its weights, or than other ranks'."""
+    monkeypatch.setenv(MARK, str(tmp_path / "died"))
+    start = Starter(tmp_path, before="test_elastic_experts:die_before_biases")
+    try:
+        run = start(**SECTIONS, parallel={"data": 2}, elastic=pace({}, 0.5))
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    assert (tmp_path / "died").exists()
+    assert run.bits() == expected
+    (lost,) = run.events("rank_lost")
+    assert lost["cause"] == "killed by SIGKILL"
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))

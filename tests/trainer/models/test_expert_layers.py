@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.parallel.expert_parallel import Router, balance_loss, dispatch
+from holdfast.parallel.expert_parallel import LOAD_UNIT, Router, balance_loss, dispatch
+from holdfast.parallel.optimizer.rules.rule import BlockUpdate, balance_blocks
 from holdfast.parallel.pipeline import Batch, Documents, MicroBatchContext
 from holdfast.trainer.models import build_chunk, layer_specs
 from holdfast.trainer.models.decoder import experts as layer_experts
@@ -89,8 +90,11 @@ def test_the_routers_losses_have_their_share_of_the_gradient() -> None:
         assert router.grad[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
 
-def test_padding_changes_neither_counts_nor_losses() -> None:
-    model = small_model(**KEYS)
+@pytest.mark.parametrize(
+    "keys", [KEYS, {**DEEPSEEK, "router_aux_loss_coef": 0.5}], ids=["losses", "biases"]
+)
+def test_padding_changes_neither_counts_nor_losses(keys: dict[str, Any]) -> None:
+    model = small_model(**keys)
     tokens = tokens_of(model, 2, 24)
     targets = tokens.roll(-1, 1)
     targets[:, 14:] = -1  # the second document of each sequence is padding
@@ -100,7 +104,8 @@ def test_padding_changes_neither_counts_nor_losses() -> None:
         tokens[:, 15:] = padding
         batch = Batch(tokens, targets, documents)
         assert batch.learned().sum(1).tolist() == [15, 15]
-        found.append(gradients([MicroBatchContext(0, 0, True, batch)]))
+        context = MicroBatchContext(0, 0, True, batch)
+        found.append(gradients([context], our_model(model, torch.float64)))
     embedding = "model.embed_tokens.weight"
     for name, gradient in found[0].items():
         if name != embedding:
@@ -135,6 +140,44 @@ def test_the_routers_loss_counts_what_is_dispatched() -> None:
         chunk(None, context_of(tokens_of(model, 2, 25)))
     assert len(sent) == model.layers - len(model.dense_layers)
     assert [counts.tolist() for counts in counted] == [counts.tolist() for counts in sent]
+
+
+class _Sink:
+    """A sink that keeps the gradients of biases."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def add(self, parameter: Any, gradient: Tensor, unit: int = 0) -> None:
+        if parameter.dim() == 1:
+            self.found.append(gradient)
+
+    def add_matmul(self, *_: Any) -> None: ...
+    def add_rows(self, *_: Any) -> None: ...
+
+
+def test_loads_of_seventy_thousand_tokens_that_differ_by_one_are_no_equal_ones() -> None:
+    """In 16 bits 35,001 and 35,000 are the same number, and the bias would stay."""
+    alone = {"experts": 2, "experts_per_token": 1, "expert_groups": 1, "groups_per_token": 1}
+    model = small_model(**{**DEEPSEEK, **alone, "layers": 1, "dense_layers": [], "hidden": 4})
+    chunk = our_model(model, torch.bfloat16)
+    (layer,) = (m for m in chunk.modules() if isinstance(m, layer_experts.Experts))
+    sink, value = _Sink(), torch.randn(70_001, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    chunk.queue.subscribe(sink)
+
+    def in_turn(_: Router, scores: Tensor, bias: Tensor | None) -> Tensor:
+        return (torch.arange(len(scores)) % 2)[:, None]
+
+    with mock.patch.object(Router, "_best", in_turn):
+        context = MicroBatchContext(0, 0, True, None)
+        layer(value, context, 0, [chunk.queue], {}).sum().backward()
+    (loads,) = sink.found
+    assert (loads.double() / LOAD_UNIT).tolist() == [35_001, 35_000]
+    bias = torch.zeros(2)
+    balance_blocks(
+        [BlockUpdate(bias, loads.float(), (), decays=False, balance=0.5)], torch.ones(()), 1.0, None
+    )
+    assert bias.tolist() == [-0.5, 0.5]
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])

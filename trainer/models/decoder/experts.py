@@ -156,8 +156,8 @@ class Experts(nn.Module):
             return choices
         weights = choices.weights
         for place, load in enumerate(loads):
-            bias = in_slice(self.router_bias, self._queue.of(number * len(loads) + place))
-            weights = add_gradient(weights, bias, load * LOAD_UNIT)
+            queue = self._queue.of(number * len(loads) + place)
+            weights = add_gradient(weights, self.router_bias, load * LOAD_UNIT, queue)
         return replace(choices, weights=weights)
 
     def _with_losses(

@@ -74,7 +74,8 @@ def _activations(
     order = list(expected_values)
     findings = []
     for key in order if forward else reversed(order):
-        whole = expected_values[key][0]
+        of_slices = expected_values[key]
+        whole = torch.cat([of_slices[number] for number in sorted(of_slices)])
         for number, rank in enumerate(ranks):
             finding = _wrong_slice(key, whole, ranks, rank, forward=forward)
             if finding is not None:

@@ -52,7 +52,7 @@ def run_reference(config: RunConfig) -> RankCapture:
     optimizers = _optimizers(config, segments)
     data = open_split(config, "train")
     running = [0]
-    recorder = ActivationRecorder(capture, lambda: running[0], (0,))
+    recorder = ActivationRecorder(capture, lambda: running[0], _slices(config).own)
     watch_chunk(recorder, chunk, config.model.hidden)
     for step in range(train.steps):
         chunk.zero_grad()

@@ -19,7 +19,7 @@ from support.runs.small_runs import findings_of
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 PARAMETERS = {
-    "deepseek-v3": 671_026_419_200,
+    "deepseek-v3": 671_026_419_200 + 11_610_068_224,
     "gpt2-124m": 124_439_808,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
@@ -27,7 +27,8 @@ PARAMETERS = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-30b-a3b": 30_532_122_624,
 }
-"""Of the published weights, a tied one counted once."""
+"""Of the published weights, a tied one counted once, and those of DeepSeek-V3's layer for second
+tokens beside the model's."""
 MOST_BYTES = 70 * 2**30
 """Of the 80 GB of an H100; the rest is for CUDA, NCCL and fragments."""
 OF_A_LAYOUT = {"parallel": None, "checkpoint": None, "elastic": None}

@@ -40,7 +40,9 @@ WIDE = {
     "trainer.config.sections.ParallelConfig": "A field for each key",
     "trainer.config.sections.TrainConfig": "A field for each key",
     "trainer.reports.metrics.StepMetrics": "with a field for each key",
+    "trainer.models.decoder.section.Design": "a field for each such thing",
     "trainer.models.deepseek_v3.family.DeepseekV3Config": "A field for each key",
+    "trainer.models.family.Family": "a field for each thing that families do their own way",
     "trainer.models.section.ModelConfig": "A field for each key",
     "trainer.step.training.Training": "so it has an attribute for each",
 }

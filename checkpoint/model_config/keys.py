@@ -30,7 +30,7 @@ class ModelKeys:
     """The prefix of all weights but the head's, which a bare base model is saved without."""
     further_layers: str = ""
     """The key with the number of layers behind `num_hidden_layers` that published folders have for
-    the prediction of further tokens, and the model has not; empty: there are none."""
+    the prediction of further tokens; empty: there are none."""
     buffers: tuple[str, ...] = (
         "{name}.rotary_emb.inv_freq",
         "rotary_emb.inv_freq",
@@ -206,7 +206,7 @@ MODEL_TYPES: Final[Mapping[str, ModelKeys]] = {
             "scoring_func": ("sigmoid", None),
             "topk_method": ("noaux_tc", None),
         },
-        # The layers that predict further tokens are not read, by transformers as here.
+        # The layers that predict further tokens do not change what the model computes.
         neutral=_words("num_nextn_predict_layers aux_loss_alpha seq_aux ep_size qk_head_dim"),
         aliases={
             "num_local_experts": "n_routed_experts",

@@ -110,7 +110,7 @@ def contradictions(
 
 
 def further_layers(config: Mapping[str, Any], numbers: Iterable[int]) -> list[int]:
-    """The layers among these that predict further tokens, which the model has not. Pure."""
+    """The layers among these that predict further tokens, behind those of the model. Pure."""
     keys = MODEL_TYPES.get(str(config.get("model_type")))
     if keys is None or not keys.further_layers:
         return []

@@ -36,7 +36,9 @@ from holdfast.trainer.models import (
     ModelConfig,
     build_whole_model,
     family_of,
+    in_use,
     layer_specs,
+    serves_training_alone,
 )
 
 
@@ -83,7 +85,7 @@ def describe_model(place: str) -> ModelDescription:
         CheckpointError: its description cannot be read.
     """
     source = find_model(place)
-    section = model_section(source)
+    section = in_use(model_section(source))
     of_run = 0 if source.run is None else source.run.train.seq_len
     return ModelDescription(place, source, section, max(section.max_seq_len, of_run))
 
@@ -226,7 +228,7 @@ def check_weights(
     problems = [
         f"{name} is {'missing' if name not in weights else 'of no use to it'}"
         for name in (*wanted, *weights)
-        if (name in wanted) != (name in weights)
+        if (name in wanted) != (name in weights) and not serves_training_alone(section, name)
     ]
     problems += [
         f"{name} has shape {list(weights[name][1])}, and the model's has {list(shape)}"

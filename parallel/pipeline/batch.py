@@ -63,10 +63,37 @@ class Batch(NamedTuple):
         """
         if self.documents is None:
             return torch.ones_like(self.tokens, dtype=torch.bool)
-        begins = (self.documents.positions.t() == 0).flatten()
-        document = begins.cumsum(0) - 1
+        document = self._begins().flatten().cumsum(0) - 1
         predicted = torch.bincount(document, (self.targets >= 0).flatten().double())
         return (predicted > 0)[document].view_as(self.targets)
+
+    def next_tokens(self) -> Tensor:
+        """The token after each: int64[micro_batch, seq_len].
+
+        The last token of a document, and of a sequence, is followed by its target if it has one,
+        else by itself.
+        """
+        following = torch.where(self.targets < 0, self.tokens, self.targets)
+        inside = ~self._begins()[:, 1:]
+        following[:, :-1] = torch.where(inside, self.tokens[:, 1:], following[:, :-1])
+        return following
+
+    def further_targets(self) -> Tensor:
+        """The token after each target: int64[micro_batch, seq_len].
+
+        It is negative where the document, or the sequence, ends before, or it is not predicted.
+        """
+        further = torch.full_like(self.targets, -1)
+        further[:, :-1] = self.targets[:, 1:].masked_fill(self._begins()[:, 1:], -1)
+        return further
+
+    def _begins(self) -> Tensor:
+        """The tokens with which a document begins: bool[micro_batch, seq_len]."""
+        if self.documents is not None:
+            return self.documents.positions.t() == 0
+        begins = torch.zeros_like(self.tokens, dtype=torch.bool)
+        begins[:, 0] = True
+        return begins
 
     def cut(self, length: int) -> Batch:
         """The same tokens in documents of at most `length` tokens, cut from each sequence's begin.

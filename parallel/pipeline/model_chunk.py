@@ -190,8 +190,9 @@ class Chunk(nn.Module):
 
     `forward(hidden, context)`: `hidden` is None for the first chunk, which embeds the batch's
     tokens. The last chunk returns the sum of its token losses, a float64 scalar; if sequences have
-    several slices, float64[own slices]. The others return float[seq (/ tensor), micro_batch,
-    hidden], with the tokens of the own slices one after the other.
+    several slices, float64[own slices]; with losses of further tokens, several for each slice. The
+    others return float[seq (/ tensor), micro_batch, hidden], with the tokens of the own slices one
+    after the other.
     """
 
     def __init__(self) -> None:

@@ -82,7 +82,7 @@ class ModelChunkRunner:
         self._deferred: dict[Passage, list[WeightGradientRecord]] = {}
         self.losses: dict[Passage, Tensor] = {}
         """Last chunk: the sum of token losses of what has passed it, a float64 scalar or one for
-        each slice."""
+        each slice, or several for each."""
 
     def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
         context = self._context(passage)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from holdfast.parallel.pipeline import WeightGradientQueue
 from holdfast.parallel.tensor_parallel.split import TensorParallel
 from holdfast.parallel.tensor_parallel.sums import tree_sum
-from holdfast.parallel.tensor_parallel.vocab import z_factor
+from holdfast.parallel.tensor_parallel.vocab import gradients_of_runs, sums_of_runs, z_factor
 
 
 def chunked_cross_entropy_sum(
@@ -33,6 +33,7 @@ def chunked_cross_entropy_sum(
     chunk: int,
     ignored: Tensor | None = None,
     z_loss: float = 0.0,
+    factors: Sequence[float] = (1.0,),
 ) -> Tensor:
     """The sum over tokens of the cross-entropy of the logits value @ weight.T.
 
@@ -46,12 +47,13 @@ def chunked_cross_entropy_sum(
         first_rows: the row of the vocabulary with which each part begins.
         chunk: the rows of a part whose logits are in memory at once.
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
-        z_loss: as of `cross_entropy_sum`.
+        z_loss, factors: as of `cross_entropy_sum`.
     Returns:
-        float64 scalar, equal on all ranks of the group. Collective over the group of `tp`.
+        float64 scalar, or float64[factors] of several, equal on all ranks of the group. Collective
+        over the group of `tp`.
     """
     return _ChunkedLoss.apply(  # pyrefly: ignore[bad-return]
-        value, queue, targets, first_rows, tp, chunk, ignored, z_loss, *weights
+        value, queue, targets, first_rows, tp, chunk, ignored, z_loss, factors, *weights
     )
 
 
@@ -164,6 +166,7 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: int,
         ignored: Tensor | None,
         z_loss: float,
+        factors: Sequence[float],
         *weights: Tensor,
     ) -> Tensor:
         locals_ = [targets.reshape(-1) - first for first in first_rows]
@@ -179,8 +182,8 @@ class _ChunkedLoss(torch.autograd.Function):
             losses.masked_fill_(ignored, 0.0)
         ctx.save_for_backward(value, largest, total, ignored, *weights, *locals_)
         ctx.queue, ctx.parameters, ctx.tp, ctx.chunk = queue, weights, tp, chunk
-        ctx.z_loss = z_loss
-        return losses.double().sum()
+        ctx.z_loss, ctx.factors, ctx.sequences = z_loss, factors, targets.shape[1]
+        return sums_of_runs(losses.view_as(targets), len(factors))
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -188,11 +191,13 @@ class _ChunkedLoss(torch.autograd.Function):
         value, largest, total, ignored, *rest = ctx.saved_tensors
         weights, locals_ = rest[: len(ctx.parameters)], rest[len(ctx.parameters) :]
         tp, hidden = ctx.tp, _tokens(ctx.tp.whole(value.detach()))
-        scale = grad_output.to(total.dtype)
+        scale = gradients_of_runs(grad_output, ctx.factors, total.view(-1, ctx.sequences))
+        if scale.ndim:  # one for each token
+            scale = scale.expand(len(total) // ctx.sequences, -1).reshape(-1, 1)
         if ignored is not None:
             scale = torch.where(ignored, 0.0, scale)
         partials, gradients = [], []
-        needed = ctx.needs_input_grad[8:]
+        needed = ctx.needs_input_grad[9:]
         for parameter, is_needed, weight, local in zip(
             ctx.parameters, needed, weights, locals_, strict=True
         ):
@@ -202,7 +207,7 @@ class _ChunkedLoss(torch.autograd.Function):
             partial, found = _part_gradients(gradient, parameter, put)
             partials.append(partial.to(value.dtype).view(-1, *value.shape[1:]))
             gradients.append(found)
-        return tp.sum(partials), *(None,) * 7, *gradients
+        return tp.sum(partials), *(None,) * 8, *gradients
 
 
 def _part_gradients(

@@ -42,6 +42,7 @@ def cross_entropy_sum(
     tp: TensorParallel,
     ignored: Tensor | None = None,
     z_loss: float = 0.0,
+    factors: Sequence[float] = (1.0,),
 ) -> Tensor:
     """The sum over tokens of the cross-entropy, with logits split along the vocabulary.
 
@@ -54,12 +55,43 @@ def cross_entropy_sum(
         ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
         z_loss: the factor of the square of each token's logarithm of the sum of exponentials
             (Chowdhery et al. 2022), which is in the gradient and not in the sum.
+        factors: of several, the batch has so many equal runs of sequences with a sum each, whose
+            gradients have these factors.
     Returns:
-        float64 scalar, equal on all ranks of the group of `tp`. Collective over it.
+        float64 scalar, or float64[factors] of several, equal on all ranks of the group of `tp`.
+        Collective over it.
     """
     return _CrossEntropySum.apply(  # pyrefly: ignore[bad-return]
-        targets, first_rows, tp, ignored, z_loss, *logits
+        targets, first_rows, tp, ignored, z_loss, factors, *logits
     )
+
+
+def sums_of_runs(losses: Tensor, runs: int) -> Tensor:
+    """The sum of the losses of all tokens, or of each of the equal runs of sequences.
+
+    Args:
+        losses: float[seq, batch].
+    Returns:
+        float64 scalar; of several runs, float64[runs].
+    """
+    wide = losses.double()
+    return wide.sum() if runs == 1 else wide.view(len(wide), runs, -1).sum((0, 2))
+
+
+def gradients_of_runs(gradient: Tensor, factors: Sequence[float], like: Tensor) -> Tensor:
+    """The gradient of each token's loss, by that of the sums.
+
+    Args:
+        gradient: of what `sums_of_runs` returns.
+        factors: those of the runs.
+        like: float[seq, batch, ...]: has the dtype.
+    Returns:
+        A scalar; of several runs, float[1, batch].
+    """
+    if len(factors) == 1:
+        return gradient.to(like.dtype)
+    scaled = gradient * gradient.new_tensor(factors)
+    return scaled.to(like.dtype).repeat_interleave(like.shape[1] // len(factors))[None]
 
 
 def rows_here(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -129,6 +161,7 @@ class _CrossEntropySum(torch.autograd.Function):
         tp: TensorParallel,
         ignored: Tensor | None,
         z_loss: float,
+        factors: Sequence[float],
         *logits: Tensor,
     ) -> Tensor:
         wide = [part if part.dtype == torch.float64 else part.float() for part in logits]
@@ -154,8 +187,8 @@ class _CrossEntropySum(torch.autograd.Function):
             if ignored is not None:
                 part.masked_fill_(ignored.unsqueeze(-1), 0.0)
         ctx.save_for_backward(*exponentials, *(tensor for both in places for tensor in both))
-        ctx.dtype = logits[0].dtype
-        return losses.double().sum()
+        ctx.dtype, ctx.factors = logits[0].dtype, factors
+        return sums_of_runs(losses, len(factors))
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -165,12 +198,12 @@ class _CrossEntropySum(torch.autograd.Function):
         gradients = []
         for place, probabilities in enumerate(saved[:parts]):
             local, outside = saved[parts + 2 * place : parts + 2 * place + 2]
-            scale = grad_output.to(probabilities.dtype)
-            gradient = probabilities * scale
+            scale = gradients_of_runs(grad_output, ctx.factors, probabilities)
+            gradient = probabilities * (scale if scale.ndim == 0 else scale.unsqueeze(-1))
             share = torch.where(outside, 0.0, -scale).to(gradient.dtype).unsqueeze(-1)
             gradient.scatter_add_(-1, local.unsqueeze(-1), share)
             gradients.append(gradient.to(ctx.dtype))
-        return None, None, None, None, None, *gradients
+        return *(None,) * 6, *gradients
 
 
 def z_factor(total: Tensor, largest: Tensor, z_loss: float) -> Tensor:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from holdfast.trainer.config import RunConfig
+from support.oracles.transformers_models import DEEPSEEK
 from support.processes.cluster import Cluster
 from support.runs.layouts import in_slices, tiny
 from support.runs.small_runs import findings_of
@@ -145,6 +146,39 @@ def test_experts_without_a_bug_have_no_findings(cluster: Cluster) -> None:
 @pytest.mark.parametrize(("bug", "kind"), OF_EXPERTS)
 def test_bug_of_experts_is_found(cluster: Cluster, bug: str, kind: str) -> None:
     findings = findings_of(cluster, small({"tensor": 2}, EXPERTS), bug)
+    assert findings[0].kind == kind, [str(finding) for finding in findings]
+
+
+SECOND_TOKENS = DEEPSEEK | {"multi_token_layers": 1, "dense_layers": []}
+
+# (bug, layout, packing, kind of the first finding)
+OF_SECOND_TOKENS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("second_labels_rolled_in_each_slice", {"context": 2}, "concatenated", "activation gradient"),
+    ("next_tokens_rolled_in_each_slice", {"context": 2}, "concatenated", "activation"),
+    ("second_labels_of_the_next_document", {"context": 2}, "documents", "activation gradient"),
+    ("second_loss_of_local_counts", {"context": 2}, "concatenated", "activation gradient"),
+    ("embedding_of_second_tokens_not_summed", {"pipeline": 2}, "concatenated", "gradient"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "packing"),
+    [({"context": 2}, "concatenated"), ({"context": 2, "pipeline": 2}, "documents")],
+    ids=str,
+)
+def test_second_tokens_without_a_bug_have_no_findings(
+    cluster: Cluster, layout: dict[str, Any], packing: str
+) -> None:
+    config = in_slices(small(layout, SECOND_TOKENS, steps=2), 4, packing)
+    assert findings_of(cluster, config) == []
+
+
+@pytest.mark.parametrize(("bug", "layout", "packing", "kind"), OF_SECOND_TOKENS, ids=str)
+def test_bug_of_second_tokens_is_found(
+    cluster: Cluster, bug: str, layout: dict[str, Any], packing: str, kind: str
+) -> None:
+    config = in_slices(small(layout, SECOND_TOKENS), 4, packing)
+    findings = findings_of(cluster, config, bug)
     assert findings[0].kind == kind, [str(finding) for finding in findings]
 
 

@@ -188,9 +188,10 @@ def _backward_passes(
         context = MicroBatchContext(
             step, micro_batch, True, batch, 1.0 / predicted, train.z_loss_coef, _slices(config)
         )
-        loss = chunk(None, context).sum()
-        (loss / predicted).backward()
-        total += loss.item()
+        losses = chunk(None, context)
+        (losses.sum() / predicted).backward()
+        # Those of further tokens stand behind that of the next ones, of each slice.
+        total += losses.view(context.slices.count, -1)[:, 0].sum().item()
     return total / predicted
 
 

@@ -70,6 +70,8 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "value_head_dim": Range(1, 2**16),
         "router_aux_loss_coef": Range(0, 1e6),
         "router_z_loss_coef": Range(0, 1e6),
+        "multi_token_layers": Range(0, 4096),
+        "multi_token_loss_coef": Range(0, 1e6),
         "sliding_window": Range(0, 2**31),
         "max_window_layers": Range(0, 4096),
     },

@@ -12,7 +12,10 @@ from .family import (
     RegionSizes as RegionSizes,
     experts_of as experts_of,
     family_of as family_of,
+    further_losses_of as further_losses_of,
+    in_use as in_use,
     layer_specs as layer_specs,
+    serves_training_alone as serves_training_alone,
     windows_of as windows_of,
 )
 from .section import (

@@ -106,8 +106,24 @@ class LayerTable(Protocol[M_contra]):
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingOnly(Generic[M]):
+    """The layers of a family that predict further tokens in training, and are left out then on."""
+
+    count_losses: Callable[[M], int]
+    """(section) -> the losses of a slice beside that of the next tokens."""
+    without: Callable[[M], M]
+    """(section) -> the section without them."""
+    has_weight: Callable[[M, str], bool]
+    """(section, name of a weight) -> whether it is one of theirs, also where the section leaves
+    them out."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family(Generic[M]):
-    """A model family. Only `modules` and `compiled_regions` need torch."""
+    """A model family. Only `modules` and `compiled_regions` need torch.
+
+    It has a field for each thing that families do their own way.
+    """
 
     section: type[M]
     """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
@@ -122,7 +138,8 @@ class Family(Generic[M]):
     Module `forward(values, context)` takes and gives float[tokens (/ tensor), micro_batch, hidden]
     of each of the rank's slices (`context.slices`; usually one, the whole sequence). The embedding
     takes None; the head gives the sum of the token losses of each slice, in which negative targets
-    do not count, and has `logits(value)`. Attention does not cross the ends of
+    do not count, and has `logits(value)`. In training it gives those of further tokens behind it,
+    if there are any (`training_only`). Attention does not cross the ends of
     `context.batch.documents`. Parameters have the local names of the table: one, or an
     `nn.ParameterList` with that of each part that the rank has."""
     config_json: Callable[[M, int, str], Mapping[str, Any]]
@@ -143,6 +160,8 @@ class Family(Generic[M]):
     """(section) -> the experts of a layer; 0: there are none."""
     windows: Callable[[M], Sequence[int]] = lambda model: ()
     """(section) -> by layer, the keys that a query sees, itself included; 0: all. Empty: all."""
+    training_only: TrainingOnly[M] | None = None
+    """The layers that serve training alone; None: there are none."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None
     """(section, sizes) -> the functions that `train.compile` compiles, for each shape that they
     have on some rank. None: there are none."""
@@ -161,6 +180,25 @@ def experts_of(model: ModelConfig) -> int:
 def windows_of(model: ModelConfig) -> Sequence[int]:
     """By layer, the keys that a query sees, itself included; 0: all. Empty: all. Pure."""
     return family_of(model.family).windows(model)
+
+
+def further_losses_of(model: ModelConfig) -> int:
+    """The losses of a slice beside that of the next tokens, in training. Pure."""
+    found = family_of(model.family).training_only
+    return 0 if found is None else found.count_losses(model)
+
+
+def in_use(model: ModelConfig) -> ModelConfig:
+    """A model without the layers that serve training alone. Pure."""
+    found = family_of(model.family).training_only
+    return model if found is None else found.without(model)
+
+
+def serves_training_alone(model: ModelConfig, name: str) -> bool:
+    """Whether a weight is of a layer that serves training alone, which a model of these sizes may
+    have. Pure."""
+    found = family_of(model.family).training_only
+    return found is not None and found.has_weight(model, name)
 
 
 def layer_specs(

@@ -25,7 +25,7 @@ from holdfast.parallel.plan import (
 from holdfast.parallel.schedules import Timeline, draw, legend
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Coverage
-from holdfast.trainer.models import ModelConfig
+from holdfast.trainer.models import ModelConfig, further_losses_of
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.plan_report.strips import StripsPlan, strips_plan
@@ -278,8 +278,10 @@ def _step_time(
 
 def _model_text(model: ModelConfig) -> str:
     """The sizes of a model, those that were not given included."""
+    further = further_losses_of(model)
+    more = f" and {further} for further tokens" if further else ""
     return (
-        f"{model.family}: {counted(model.layers, 'layer')}, hidden {model.hidden}, "
+        f"{model.family}: {counted(model.layers, 'layer')}{more}, hidden {model.hidden}, "
         f"{counted(model.heads, 'head')} of {model.dim_per_head} ({model.kv_heads} for keys and "
         f"values), MLP {model.intermediate}, vocabulary {model.vocab}"
     )

@@ -46,6 +46,9 @@ class StepMetrics:
     """By layer, in the same steps, the root mean square of its output; None: it is not finite."""
     output_max: dict[str, float | None] = field(default_factory=dict)
     """The largest absolute value of its output."""
+    multi_token_loss: float | None = None
+    """The loss of what the layer behind the last one predicts; without one there is no such key."""
+    multi_token_loss_hex: str = ""
     expert_load: dict[str, float] = field(default_factory=dict)
     """By layer with experts, the choices of the one with most over the mean."""
     expert_entropy: dict[str, float] = field(default_factory=dict)
@@ -57,7 +60,7 @@ class StepMetrics:
         """The line of the file; numbers that JSON lacks become null."""
         fields: dict[str, Any] = asdict(self)
         for name in _LEFT_OUT:
-            if not fields[name]:
+            if fields[name] in (None, "", {}):
                 fields.pop(name)
         return (json.dumps(_finite(fields)) + "\n").encode()
 
@@ -71,6 +74,8 @@ _LEFT_OUT = (
     "param_norms",
     "output_rms",
     "output_max",
+    "multi_token_loss",
+    "multi_token_loss_hex",
     "expert_load",
     "expert_entropy",
     "experts_unused",

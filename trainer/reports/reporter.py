@@ -124,6 +124,8 @@ class Reporter:
             extra |= {
                 f"{tag}/{layer}": value for layer, value in values.items() if value is not None
             }
+        if metrics.multi_token_loss is not None:
+            extra["loss_metrics/multi_token_loss"] = metrics.multi_token_loss
         if self._training.config.numerics.spike_window:
             extra["optim/step_skipped"] = float(bool(outcome.spike))
         for name, loss in evaluated.items():
@@ -164,6 +166,7 @@ class Reporter:
             )
             if any(choices)
         }
+        further = outcome.further_losses
         return StepMetrics(
             step=step,
             loss=outcome.loss,
@@ -183,6 +186,8 @@ class Reporter:
             param_norms={name: norms[1] for name, norms in layers.items()},
             output_rms={name: output[0] for name, output in outputs.items()},
             output_max={name: output[1] for name, output in outputs.items()},
+            multi_token_loss=further[0] if further else None,
+            multi_token_loss_hex=further[0].hex() if further else "",
             expert_load={name: load.most for name, load in loads.items()},
             expert_entropy={name: load.entropy for name, load in loads.items()},
             experts_unused={name: load.unused for name, load in loads.items()},

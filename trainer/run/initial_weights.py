@@ -17,7 +17,12 @@ from holdfast.parallel.optimizer import AVERAGE, StateFormat
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig, advice_to_allow, refused_changes
-from holdfast.trainer.models import family_of, layer_specs
+from holdfast.trainer.models import (
+    family_of,
+    further_losses_of,
+    layer_specs,
+    serves_training_alone,
+)
 from holdfast.trainer.step import state_format
 
 FIRST_WEIGHTS = "from-hf"
@@ -177,7 +182,13 @@ def check_tensors(manifest: Manifest, config: RunConfig, where: str) -> None:
         if name in found and found[name] != shape
     ]
     problems += [(name, "is missing, and the model has it") for name in wanted if name not in found]
-    problems += [(name, "is of no use to the model") for name in found if name not in wanted]
+    # Published models may have a layer that the run does not train.
+    trains_all = further_losses_of(config.model) > 0
+    problems += [
+        (name, "is of no use to the model")
+        for name in found
+        if name not in wanted and (trains_all or not serves_training_alone(config.model, name))
+    ]
     if problems:
         shown = "; ".join(f"{name} {what}" for name, what in problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -65,8 +65,9 @@ MUST_MATCH = (
     *OF_THE_STATE,
 )
 """The keys that must not change, because the run would be another run."""
-_MAY_DIFFER = ("data.validation", "model.from_hf")
-"""The keys among these that change nothing of the training, or nothing once it has begun."""
+_MAY_DIFFER = ("data.validation", "model.from_hf", "model.multi_token_loss_coef")
+"""The keys among these that change nothing of the training, or nothing once it has begun, and a
+factor that is lowered as training goes on."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -79,6 +80,7 @@ WORTH_SAYING = (
     "train.steps",
     "train.clip_grad_norm",
     "train.z_loss_coef",
+    "model.multi_token_loss_coef",
     "train.vocab_chunk",
     "train.context_chunks",
     "train.compile",

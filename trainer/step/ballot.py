@@ -23,9 +23,10 @@ from holdfast.trainer.step.progress import Outcome, Requests
 
 Losses = Mapping[Passage, Tensor]
 """The loss sums of what has passed the last chunk: float64[own slices], or a scalar for the only
-one."""
+one; of several losses those of a slice one after another."""
 SliceLosses = dict[tuple[int, int], Tensor]
-"""(micro-batch, slice) -> the sum of its token losses, a float64 scalar."""
+"""(micro-batch, slice) -> the sum of its token losses, and those of further tokens:
+float64[losses]."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
 REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
@@ -41,13 +42,16 @@ class BallotFormat:
     squares: int
     """The number of blocks, over all shard indices."""
     losses: int
-    """The number of micro-batches of a step, times the slices of a sequence."""
+    """The number of micro-batches of a step, times the slices of a sequence, times the losses of
+    each."""
     layers: tuple[int, ...] = ()
     """The layer of each block, in a step whose norms are noted; else empty."""
     experts: tuple[int, int] = (0, 0)
     """The layers of the model, and the experts of each."""
     outputs: tuple[int, int] = (0, 0)
     """In a step whose norms are noted, the layers with outputs, and the numbers of each."""
+    kinds: int = 1
+    """The losses of each slice."""
 
     def pack(
         self,
@@ -92,10 +96,13 @@ class BallotFormat:
         parameters = rest[self.losses + len(MARKS) :][:asked]
         noted = self.squares + self.losses + len(MARKS) + asked
         outputs = summed[noted : noted + prod(self.outputs)].view(self.outputs)
+        means = [
+            mean_loss(rest[kind : self.losses : self.kinds], tokens) for kind in range(self.kinds)
+        ]
         loads = summed[len(values) - prod(self.experts) :].view(self.experts).long()
         finite = bool(torch.isfinite(summed[: self.squares]).all()) and not counts["nonfinite"]
         return Outcome(
-            loss=mean_loss(rest[: self.losses], tokens),
+            loss=means[0],
             grad_norm=norm_from_squares(squares) if finite else float("nan"),
             nonfinite_ranks=counts["nonfinite"],
             out_of_range_ranks=counts["out_of_range"],
@@ -104,6 +111,7 @@ class BallotFormat:
             layer_norms=layer_norms(squares, parameters, self.layers) if finite else (),
             layer_outputs=sizes(outputs),
             loads=tuple(map(tuple, loads.tolist())) if self.experts[1] else (),
+            further_losses=tuple(means[1:]) if finite else (),
         )
 
 
@@ -130,24 +138,22 @@ def by_slice(losses: Losses, slices: Slices, stretches: int = 1) -> SliceLosses:
     Args:
         stretches: the parts in which a sequence passes a chunk.
     """
-    return {
-        (micro_batch, number): value
-        for (micro_batch, stretch), loss in losses.items()
-        for number, value in zip(
-            (slices if stretch is None else slices.stretch(stretch, stretches)).own,
-            loss.view(-1),
-            strict=True,
-        )
-    }
+    found: SliceLosses = {}
+    for (micro_batch, stretch), loss in losses.items():
+        own = (slices if stretch is None else slices.stretch(stretch, stretches)).own
+        of_slices = zip(own, loss.view(len(own), -1), strict=True)
+        found |= {(micro_batch, number): value for number, value in of_slices}
+    return found
 
 
-def loss_slots(losses: SliceLosses, micro_batches: int, slices: int) -> Tensor:
-    """Loss sums in their slots: float64[micro_batches * slices], zero elsewhere. Pure.
+def loss_slots(losses: SliceLosses, micro_batches: int, slices: int, kinds: int = 1) -> Tensor:
+    """Loss sums in their slots: float64[micro_batches * slices * kinds], zero elsewhere. Pure.
 
     Args:
         slices: the slices of a sequence.
+        kinds: the losses of each.
     """
-    slots = torch.zeros(micro_batches, slices, dtype=torch.float64)
+    slots = torch.zeros(micro_batches, slices, kinds, dtype=torch.float64)
     for place, loss in losses.items():
         slots[place] = loss.to(slots)
     return slots.view(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from holdfast.parallel.offload import Rates, choose_layers
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import layer_specs, windows_of
+from holdfast.trainer.models import further_losses_of, layer_specs, windows_of
 from holdfast.trainer.step.saved_tensors import state_format
 
 WAYS = ("none", "selective", "full")
@@ -58,18 +58,24 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
     if OPTIMIZERS[config.optimizer.name].matrices is None:
         return layers
     first, *transformer, last = layers
+    if further_losses_of(config.model):  # the head has a transformer layer
+        vocabulary = {spec.name for spec in first.parameters[0]} | {"lm_head.weight"}
+        last = with_matrices(last, vocabulary)
     return (first, *map(with_matrices, transformer), last)
 
 
-def with_matrices(layer: LayerSpec) -> LayerSpec:
+def with_matrices(layer: LayerSpec, others: Collection[str] = ()) -> LayerSpec:
     """A transformer layer whose matrices are updated as such, also where parts have boxes of one.
 
     Pure.
+
+    Args:
+        others: the names of tensors that are not, as they belong to no transformer layer.
     """
     found: dict[tuple[int, str], Box] = {}
     for table in layer.parameters:
         for row, spec in enumerate(table):
-            if len(spec.shape) == 2 and spec.decay:
+            if len(spec.shape) == 2 and spec.decay and spec.name not in others:
                 key = row, spec.name  # one tensor may have several matrices, in rows of their own
                 found[key] = found.get(key, spec.box).around(spec.box)
     tables = tuple(

@@ -66,6 +66,9 @@ class Outcome:
     value, None if one is not finite; empty: they were not asked for."""
     loads: tuple[tuple[int, ...], ...] = ()
     """Of each layer, the choices of each of its experts in the step; empty: there are none."""
+    further_losses: tuple[float, ...] = ()
+    """The means of the losses of further tokens, over all of the step's tokens; empty: there are
+    none, or the step is not sound."""
 
     @property
     def has_numbers(self) -> bool:

@@ -33,7 +33,7 @@ from holdfast.parallel.plan import Plan, evaluation_program, shards, training_pr
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import Weights, experts_of
+from holdfast.trainer.models import Weights, experts_of, further_losses_of
 from holdfast.trainer.step.ballot import (
     BallotFormat,
     Losses,
@@ -400,7 +400,8 @@ class Training:
             requests = replace(requests, filling=not self.background_transfer.pause())
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
-        slots = loss_slots(reported, self.step_micro_batches, self.slices.count)
+        kinds = 1 + further_losses_of(self.config.model)
+        slots = loss_slots(reported, self.step_micro_batches, self.slices.count, kinds)
         notes = self._in_flight.reported_notes(self._micro_batches.notes)
         layers, parameters, outputs = (), None, torch.empty(0, 0, dtype=torch.float64)
         if self.config.log.has_norms(self._in_flight.step):
@@ -409,7 +410,12 @@ class Training:
             outputs = packed(notes.outputs, len(self.plan.layers) - 1, *place)
         experts = (len(self.plan.layers), experts_of(self.config.model))
         ballot = BallotFormat(
-            self.optimizer.slots, len(slots), layers, experts, (len(outputs), outputs.shape[1])
+            self.optimizer.slots,
+            len(slots),
+            layers,
+            experts,
+            (len(outputs), outputs.shape[1]),
+            kinds,
         )
         summed = ballot.pack(squares, slots, flags, requests, parameters, notes.loads, outputs)
         self.groups.control.all_reduce(summed).wait()

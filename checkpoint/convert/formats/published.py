@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from holdfast.parallel.reading import open_regular
 SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
 _ADAPTER = "adapter_model"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+_COPIES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": _HEAD,
+}
+"""The weights that layers for the prediction of further tokens have in common with the model."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?:safetensors|bin)")
 _READ_BYTES = 8 << 20
@@ -88,20 +94,21 @@ def published_rules(
 ) -> RuleBook:
     """The rules of the format, and what transformers passes over or renames for a model type.
 
-    Computed buffers are left out, a base model's names get their prefix, and a head that is equal
-    to the embedding it is tied to is left out.
+    Computed buffers are left out, a base model's names get their prefix, and copies are left out:
+    of a head that is equal to the embedding it is tied to, and of both in layers that predict
+    further tokens.
     """
     keys = MODEL_TYPES.get(str(config.get("model_type")))
     if keys is None:
         return book
     skips = [Skip(name, "a buffer that the model computes by itself") for name in keys.buffers]
     numbers = {int(found[1]) for t in tensors if (found := _LAYER.match(t.key)) is not None}
-    skips += [
-        Skip(f"model.layers.{number}.{{name}}", "of a layer that predicts further tokens")
-        for number in further_layers(config, numbers)
-    ]
     rules: list[Rule] = []
     names = {tensor.key: tensor for tensor in tensors}
+    for number, (theirs, ours) in product(further_layers(config, numbers), _COPIES.items()):
+        copy, first = names.get(f"model.layers.{number}.{theirs}"), names.get(ours)
+        if copy and first and _same_content(root, first, copy):
+            skips.append(Skip(copy.key, f"equal to {ours}, which the layer uses"))
     bare = any(name in names for name in _EMBEDDINGS)
     if bare and not any(name.startswith(keys.prefix) for name in names):
         rules = [

@@ -164,6 +164,7 @@ def train_plainly(
     fused: bool = False,
     skips: Callable[[list[StepRecord]], bool] = lambda records: False,
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    further: Callable[[Tensor], Tensor] | None = None,
 ) -> list[StepRecord]:
     """The usual training loop: autograd, clip_grad_norm_, torch.optim.AdamW.
 
@@ -172,6 +173,7 @@ def train_plainly(
         optimizers: in AdamW's place, with what multiplies the learning rate as a group's "factor".
         batches: step -> int64[global_batch, seq + 1].
         skips: whether the last of the steps so far is left out.
+        further: int64[rows, seq + 1] -> what is learned beside the sum of the losses.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -196,8 +198,10 @@ def train_plainly(
                 part[:, 1:].flatten(),
                 reduction="sum",
             )
-            (loss / count).backward()
             total += loss.item()
+            if further is not None:
+                loss = loss + further(part)
+            (loss / count).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm else math.inf)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(step) * group.get("factor", 1.0)

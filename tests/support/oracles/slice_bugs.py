@@ -39,12 +39,11 @@ def labels_shifted_after_the_split() -> Iterator[None]:
     """The last token of a slice predicts the first of its own slice, not of the next."""
     original = ends.Head._loss
 
-    def shifted(self: Any, value: Any, context: Any, number: int, queues: Any) -> Any:
+    def shifted(self: Any, value: Any, targets: Any, context: Any, number: int) -> Any:
         places = context.slices.tokens(number)
-        targets = context.batch.targets.clone()
-        targets[:, places.stop - 1] = context.batch.tokens[:, places.start]
-        changed = replace(context, batch=context.batch._replace(targets=targets))
-        return original(self, value, changed, number, queues)
+        changed = targets[0].clone()
+        changed[:, places.stop - 1] = context.batch.tokens[:, places.start]
+        return original(self, value, [changed, *targets[1:]], context, number)
 
     with mock.patch.object(ends.Head, "_loss", shifted):
         yield

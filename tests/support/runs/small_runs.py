@@ -55,16 +55,18 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
 
     run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
-    losses, norms, layers, outputs = [], [], [], []
+    losses, norms, layers, outputs, further = [], [], [], [], []
     for step in range(run_config.train.steps):
         training.compute(step)
         outcome = training.vote(*training.reduce())
+        further.append([loss.hex() for loss in outcome.further_losses])
         training.apply(rate_of(run_config, step))
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
         layers.append(outcome.layer_norms)
         outputs.append(outcome.layer_outputs)
     found = {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+    found |= {"further": further} if any(further) else {}
     noted = {"layer_norms": layers, "layer_outputs": outputs}
     return found | (noted if run_config.log.norms_every else {})
 
@@ -217,8 +219,9 @@ def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug:
     run_config = convert_config(config)
     if not bug:
         return run_layout(run_config, local_world(rank, world_size), store)
-    from support.oracles import bugs, expert_bugs, slice_bugs
+    from support.oracles import bugs, expert_bugs, multi_token_bugs, slice_bugs
 
-    known = {**vars(slice_bugs), **vars(expert_bugs), **vars(bugs)}
+    modules = (slice_bugs, expert_bugs, multi_token_bugs, bugs)
+    known = {name: value for module in modules for name, value in vars(module).items()}
     with known[bug]():
         return run_layout(run_config, local_world(rank, world_size), store)

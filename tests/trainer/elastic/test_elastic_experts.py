@@ -28,6 +28,7 @@ SECTIONS: dict[str, Any] = {
         "expert_intermediate": 24,
         "router_aux_loss_coef": 0.1,
         "router_bias_speed": 0.05,
+        "multi_token_layers": 1,  # the head has experts, too
     },
     "train": {"steps": 5, "global_batch": 4, "seq_len": 32},
     "numerics": {"tensor_shards": 4},
@@ -55,8 +56,8 @@ def die_before_biases() -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(cluster: Cluster) -> dict[str, Any]:
-    return bits_of(run_training(cluster, make_config(**SECTIONS)))
+def alone(cluster: Cluster) -> dict[str, Any]:
+    return run_training(cluster, make_config(**SECTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,13 @@ def loads(cluster: Cluster) -> list[dict[str, float]]:
     config = msgspec.to_builtins(make_config(**SECTIONS))
     job = "support.runs.expert_runs:train_counting"
     [steps] = cluster.run(job, 1, timeout_s=120.0, config=config)
-    return [{f"block.{n}": load_of(of[n + 1]).most for n in range(1)} for of in steps]
+    return [{"block.0": load_of(of[1]).most, "head": load_of(of[2]).most} for of in steps]
 
 
 @pytest.mark.parametrize("respawn", [True, False], ids=["replaced", "not replaced"])
 def test_three_of_eight_ranks_with_experts_are_lost(
     start: Starter,
-    expected: dict[str, Any],
+    alone: dict[str, Any],
     loads: list[dict[str, float]],
     respawn: bool,
 ) -> None:
@@ -90,14 +91,15 @@ def test_three_of_eight_ranks_with_experts_are_lost(
         ),
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == bits_of(alone)
+    assert [[step["multi_token_loss_hex"]] for step in run.steps()] == alone["further"]
     assert [step["expert_load"] for step in run.steps()] == loads
     assert len(run.events("rank_lost")) >= 3
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
 
 
 def test_a_rank_that_dies_between_its_weights_and_its_biases_changes_no_bit(
-    tmp_path: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No rank's biases are those of another step than its weights, or than other ranks'."""
     monkeypatch.setenv(MARK, str(tmp_path / "died"))
@@ -108,7 +110,27 @@ def test_a_rank_that_dies_between_its_weights_and_its_biases_changes_no_bit(
     finally:
         start.close()
     assert (tmp_path / "died").exists()
-    assert run.bits() == expected
+    assert run.bits() == bits_of(alone)
     (lost,) = run.events("rank_lost")
     assert lost["cause"] == "killed by SIGKILL"
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
+@pytest.mark.parametrize("phase", ["backward", "gather"])
+def test_the_stage_that_predicts_a_second_token_loses_a_rank(
+    start: Starter, alone: dict[str, Any], loads: list[dict[str, float]], phase: str
+) -> None:
+    """It has the second use of the embedding; none of its losses is told twice, or not at all."""
+    run = start(
+        **SECTIONS,
+        parallel={"pipeline": 2, "data": 2, "blocks_per_chunk": [1, 0]},
+        elastic=pace(
+            {"respawn": False, "local_nodes": 4, "chaos": [fault("kill", 3, 3, phase)]}, 0.1
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == bits_of(alone)
+    assert [[step["multi_token_loss_hex"]] for step in run.steps()] == alone["further"]
+    assert [step["expert_load"] for step in run.steps()] == loads
+    assert len(run.events("rank_lost")) == 1
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))

@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 64},
     "qwen3": {"head_dim": 64},
-    "deepseek_v3": {"head_dim": 0, "kv_heads": 4},
+    "deepseek_v3": {"head_dim": 0, "kv_heads": 4, "multi_token_layers": 1},
     "mixtral": {"experts": 8, "experts_per_token": 2},
     "qwen3_moe": {
         "experts": 16,

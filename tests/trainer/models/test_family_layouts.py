@@ -44,6 +44,7 @@ MODELS: list[dict[str, Any]] = [
         "kv_heads": 8,
         "router_bias_speed": 0.1,
         "router_aux_loss_coef": 0.1,
+        "multi_token_layers": 1,
     },
 ]
 

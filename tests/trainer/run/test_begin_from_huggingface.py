@@ -10,9 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import load_config
-from holdfast.trainer.run.initial_weights import FIRST_WEIGHTS, first_weights, take_first_weights
+from holdfast.trainer.run.initial_weights import (
+    FIRST_WEIGHTS,
+    check_tensors,
+    first_weights,
+    take_first_weights,
+)
 from support.oracles.transformers_models import SIZES
 from support.runs.commands import holdfast
 
@@ -74,6 +80,36 @@ def made(folder: Path, kind: str, **keys: Any) -> Any:
     return model.float().eval()
 
 
+def with_second_tokens(folder: Path) -> dict[str, torch.Tensor]:
+    """Give a folder of DeepSeek-V3 the layer for second tokens, as published ones have it.
+
+    Returns what it has beside the copies of the model's own weights.
+    """
+    weights = load_file(folder / "model.safetensors")
+    own = {
+        name.replace("layers.1.", "layers.2."): value.clone()
+        for name, value in weights.items()
+        if "layers.1." in name
+    }
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    own |= {f"model.layers.2.{name}.weight": torch.ones(32, dtype=torch.bfloat16) for name in norms}
+    joining = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    own["model.layers.2.eh_proj.weight"] = joining
+    copies = {
+        "model.layers.2.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+        "model.layers.2.shared_head.head.weight": weights["lm_head.weight"].clone(),
+    }
+    save_file(weights | own | copies, folder / "model.safetensors", {"format": "pt"})
+    return own
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that the index of a folder names."""
+    told = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: load_file(folder / name) for name in set(told.values())}
+    return {name: files[file][name] for name, file in told.items()}
+
+
 def generated(model: Any) -> list[int]:
     prompt = torch.arange(3, 11)[None]
     return model.generate(
@@ -90,14 +126,7 @@ def test_a_folder_is_trained_and_is_a_folder_again(kind: str, tmp_path: Path) ->
     import transformers
 
     theirs = made(tmp_path / "model", kind, **MODELS[kind])
-    if kind == "deepseek_v3":  # published ones have a layer more, which predicts further tokens
-        weights = load_file(file := tmp_path / "model/model.safetensors")
-        more = {
-            name.replace("layers.1.", "layers.2."): value.clone()
-            for name, value in weights.items()
-            if "layers.1." in name
-        }
-        save_file(weights | more | {"model.layers.2.enorm.weight": torch.ones(32)}, file)
+    further = with_second_tokens(tmp_path / "model") if kind == "deepseek_v3" else {}
     (tmp_path / "corpus.txt").write_text("To be, or not to be: that is the question. " * 40)
     texts = []
     for lr in ("1e-12", "3e-2"):
@@ -111,6 +140,17 @@ def test_a_folder_is_trained_and_is_a_folder_again(kind: str, tmp_path: Path) ->
             str(run / "checkpoints" / "step-00000002")
         )
         texts.append(generated(opened))
+        saved = weights_in(run / "checkpoints/step-00000002")
+        assert {name for name in saved if ".layers.2." in name} == further.keys()
+        for name, value in further.items():
+            moves = lr == "3e-2" or name.endswith("e_score_correction_bias")
+            if not moves:
+                torch.testing.assert_close(saved[name], value.float(), rtol=1e-5, atol=1e-9)
+            elif "eh_proj" in name:
+                assert not torch.allclose(saved[name], value.float(), rtol=1e-3)
+        if further:
+            told = json.loads((run / "checkpoints/step-00000002/config.json").read_text())
+            assert told["num_nextn_predict_layers"] == 1
     assert texts[0] == generated(theirs) != texts[1]
     again = holdfast(tmp_path, "train", "c.toml", "--from-hf", "model", "--out", str(run))
     assert again.returncode == 0
@@ -129,6 +169,36 @@ def test_a_key_may_differ_from_the_folder_s_where_the_option_names_it(tmp_path: 
     take_first_weights(tmp_path, config, said.append, allow_change=("model.norm_eps",))
     assert [line.split(":")[0] for line in said] == [f"took the weights of {tmp_path / 'model'}"]
     assert first_weights(tmp_path, config) == tmp_path / FIRST_WEIGHTS
+
+
+def test_the_layer_for_second_tokens_may_stay_untrained(tmp_path: Path) -> None:
+    """A folder without it, which says that it has one, names what it lacks."""
+    made(folder := tmp_path / "model", "deepseek_v3", **MODELS["deepseek_v3"])
+    path = tmp_path / "c.toml"
+    path.write_text(f'[model]\nfrom_hf = "{folder}"\n')
+    without = load_config(path, ["train.seq_len=16", "model.multi_token_layers=0"])
+    config = load_config(path, ["train.seq_len=16"])
+    assert (without.model.multi_token_layers, config.model.multi_token_layers) == (0, 1)  # pyrefly: ignore
+    for root, layers in ((tmp_path / "lacks", 0), (tmp_path / "has", 1)):
+        own = with_second_tokens(folder) if layers else {}
+        take_first_weights(root, config, lambda _: None)
+        manifest = find_checkpoint(str(root / FIRST_WEIGHTS)).manifest()
+        check_tensors(manifest, without, str(root))
+        if layers:
+            check_tensors(manifest, config, str(root))
+            names = {name for name in manifest.tensors if ".layers.2." in name}
+            assert names == own.keys(), "copies of the model's weights are left out"
+        else:
+            with pytest.raises(ConfigError, match=r"layers\.2\.enorm\.weight is missing"):
+                check_tensors(manifest, config, str(root))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.embed_tokens.weight"] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    take_first_weights(tmp_path / "other", config, lambda _: None)
+    manifest = find_checkpoint(str(tmp_path / "other" / FIRST_WEIGHTS)).manifest()
+    check_tensors(manifest, without, "other")
+    with pytest.raises(ConfigError, match=r"layers\.2\.embed_tokens\.weight is of no use"):
+        check_tensors(manifest, config, "other")
 
 
 def test_a_folder_gives_the_keys_that_are_not_set(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from holdfast.trainer.config import RunConfig, allowed_changes, anchored, load_c
 from holdfast.trainer.run.opening import RunRequest, opened_run
 from holdfast.trainer.run.resume import check_same_data, find_resume
 from holdfast.trainer.step import open_split
+from support.oracles.transformers_models import DEEPSEEK
 from support.runs.commands import CONFIG, holdfast
 from support.runs.kept_runs import save_as_run
 from support.runs.small_runs import make_config
@@ -77,6 +78,19 @@ def test_only_the_keys_that_are_named_may_change(tmp_path: Path) -> None:
     assert "allows the keys that it names" in told("")
     both = allowed_changes(["train.seed, train.seq_len"], changed)
     assert find_resume(tmp_path, changed, "auto", allow_change=both).candidates
+
+
+def test_the_factor_of_second_tokens_may_be_lowered(tmp_path: Path) -> None:
+    def config_with(**model: Any) -> RunConfig:
+        return make_config(model={**DEEPSEEK, "multi_token_layers": 1, **model})
+
+    saved_run(tmp_path, config_with(), None)
+    found = find_resume(tmp_path, config_with(multi_token_loss_coef=0.1), "auto")
+    assert found.notes == (
+        "changed since the checkpoint: model.multi_token_loss_coef = 0.1 (was 0.3)",
+    )
+    with pytest.raises(ConfigError, match=r"model\.multi_token_layers = 0"):
+        find_resume(tmp_path, config_with(multi_token_layers=0), "auto")
 
 
 def test_another_learning_rate_of_the_next_step_is_told(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from .section import (
     LatentDesign as LatentDesign,
     LayeredWindowConfig as LayeredWindowConfig,
     LearnedPositionsConfig as LearnedPositionsConfig,
+    MultiTokenDesign as MultiTokenDesign,
     RouterDesign as RouterDesign,
     WindowedConfig as WindowedConfig,
 )

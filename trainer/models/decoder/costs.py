@@ -48,7 +48,6 @@ class Costs:
         self._model, self._design, self._tensor, self._seq_len = model, design, tensor, seq_len
         self._size = size = PRECISIONS[precision].bytes
         self._tokens = tokens = seq_len * micro_batch
-        self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
         wide = self._wide
         self.hidden_bytes = tokens * model.hidden * size // split
@@ -82,6 +81,10 @@ class Costs:
         normed = latent.query_rank + latent.rank
         kept = self._tokens * normed * (2 * self._size + self._wide) // split
         return _Attention(model.hidden * down + up + output, 3 * attended, kept)
+
+    def head_flops(self, further: int) -> float:
+        """Of the projection to the vocabulary, for the next token and `further` ones."""
+        return 2.0 * (1 + further) * self._tokens * self._model.hidden * self._model.vocab
 
     def core_flops(self, layer: int) -> float:
         """Of a layer's attention: of queries with the keys that they see."""
@@ -141,8 +144,26 @@ class Costs:
         # The router's input is wide, and takes the place of the norm's output.
         return kept // self._tensor + self.hidden_bytes // self._size * (self._wide - self._size)
 
-    def head_activation_bytes(self, vocab_chunk: int) -> int:
-        """What the head keeps, with the one chunk of logits that is in memory while it computes."""
-        entry = self._tokens * self._wide
+    def head_activation_bytes(self, vocab_chunk: int, further: int) -> int:
+        """What the head keeps, with the one chunk of logits that is in memory while it computes.
+
+        Args:
+            further: the tokens that it predicts beside the next one.
+        """
+        entry = (1 + further) * self._tokens * self._wide
         logits = vocab_chunk * entry or entry * self._model.vocab // self._tensor
         return self._norm_bytes + logits
+
+    def multi_token_flops(self, layer: int) -> float:
+        """Of a layer that predicts a further token, with the product before it."""
+        hidden = self._model.hidden
+        return self.layer_flops(layer) + 2.0 * self._tokens * 2 * hidden * hidden
+
+    def multi_token_activation_bytes(self, layer: int, recompute: str) -> int:
+        """What such a layer keeps, with three norms, the outputs of two of which are joined, and a
+        place of the embedding for each token."""
+        return (
+            self.layer_activation_bytes(layer, recompute)
+            + 3 * self._norm_bytes
+            + self.embedding_activation_bytes
+        )

@@ -41,14 +41,20 @@ class Embedding(nn.Module):
         tp: TensorParallel,
         queue: WeightGradientQueue,
         seed: int,
+        name: str = "embedding",
     ) -> None:
+        """Local.
+
+        Args:
+            name: that of its dropout.
+        """
         super().__init__()
         self._tp, self._queue = tp, queue
         self.weight = _Rows(model.vocab, model.hidden, tp)
         self.positions = None
         if design.learned_positions:
             self.positions = _Rows(model.max_seq_len, model.hidden, tp)
-        self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
+        self.dropout = KeyedDropout(model.dropout, seed, name, "output", tp)
 
     def forward(self, values: None, context: MicroBatchContext) -> list[Tensor]:
         return [self._embedded(context, number) for number in context.slices.own]
@@ -73,7 +79,12 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, projection to the vocabulary, and the sum of token losses."""
+    """Final norm, projection to the vocabulary, and the sum of token losses.
+
+    With a layer that predicts a further token, which it is given, in training also the sum of that
+    token's losses: float64[2] for each slice. One product makes the logits of both, so that the
+    projection has one gradient of a slice.
+    """
 
     def __init__(
         self,
@@ -83,54 +94,69 @@ class Head(nn.Module):
         queue: WeightGradientQueue,
         vocab_chunk: int,
         choose: Choice,
+        further: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
+        self._further_factor = 0.0 if design.multi_token is None else design.multi_token.loss
         self.norm = hidden_norm(model, design, choose)
         self.projection = _Rows(model.vocab, model.hidden, tp)
+        self.further = further
 
-    def logits(
-        self, value: Tensor, number: int = 0, queues: Sequence[WeightGradientQueue] = ()
-    ) -> list[Tensor]:
-        """The scores of each own part of the vocabulary: float[seq, batch, rows]. Collective.
+    def logits(self, value: Tensor) -> list[Tensor]:
+        """The scores of each own part of the vocabulary: float[seq, batch, rows]. Collective."""
+        return self._projected(self.norm(value), 0)
 
-        Args:
-            number: the slice.
-            queues: as for the norm.
-        """
+    def _projected(self, normed: Tensor, number: int) -> list[Tensor]:
         weights = [[weight] for weight in of_parts(self.projection, self._queue.of(number))]
-        return column_linear(self.norm(value, queues), weights, self._tp)
+        return column_linear(normed, weights, self._tp)
 
     def forward(self, values: Sequence[Tensor], context: MicroBatchContext) -> list[Tensor]:
         queues = part_queues(self._queue, context, self._tp)
+        normed, own = list(map(self.norm, values, queues)), context.slices.own
+        assert context.batch is not None
+        if self.further is None or not context.training:
+            return [
+                self._loss(value, [context.batch.targets], context, number)
+                for number, value in zip(own, normed, strict=True)
+            ]
+        targets = [context.batch.targets, context.batch.further_targets()]
+        further = self.further(normed, context)
         return [
-            self._loss(value, context, number, by_part)
-            for number, value, by_part in zip(context.slices.own, values, queues, strict=True)
+            # Side by side as sequences of a batch, which tensor parallelism does not split.
+            self._loss(torch.cat([value, beside], 1), targets, context, number)
+            for number, value, beside in zip(own, normed, further, strict=True)
         ]
 
     def _loss(
-        self,
-        value: Tensor,
-        context: MicroBatchContext,
-        number: int,
-        queues: Sequence[WeightGradientQueue],
+        self, normed: Tensor, targets: Sequence[Tensor], context: MicroBatchContext, number: int
     ) -> Tensor:
-        """The sum of the token losses of one slice."""
+        """The sum of the token losses of one slice, or those of the next tokens and further ones.
+
+        Args:
+            normed: what each is predicted from, side by side.
+            targets: of each, int64[micro_batch, seq_len].
+        """
         assert context.batch is not None
-        targets = context.batch.targets.t()[context.slices.tokens(number)]
-        ignored = None if context.batch.documents is None else targets < 0
+        wanted = torch.cat([one.t()[context.slices.tokens(number)] for one in targets], 1)
+        is_whole = context.batch.documents is None and len(targets) == 1
+        ignored = None if is_whole else wanted < 0
+        factors = (1.0, self._further_factor)[: len(targets)]
         first_rows = self.projection.first_rows
         if self._vocab_chunk:
             return chunked_cross_entropy_sum(
-                self.norm(value, queues),
+                normed,
                 list(self.projection),
                 self._queue.of(number),
-                targets,
+                wanted,
                 first_rows,
                 self._tp,
                 self._vocab_chunk,
                 ignored,
                 context.z_loss,
+                factors,
             )
-        logits = self.logits(value, number, queues)
-        return cross_entropy_sum(logits, targets, first_rows, self._tp, ignored, context.z_loss)
+        logits = self._projected(normed, number)
+        return cross_entropy_sum(
+            logits, wanted, first_rows, self._tp, ignored, context.z_loss, factors
+        )

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from holdfast.parallel.layout import LayerSpec
 from holdfast.trainer.models.decoder.huggingface import Described
 from holdfast.trainer.models.decoder.rules import problems
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 from holdfast.trainer.models.decoder.sizes import tensor_share, tiny
 from holdfast.trainer.models.decoder.table import layer_specs
-from holdfast.trainer.models.family import ChunkContext, Family, RegionSizes
+from holdfast.trainer.models.family import ChunkContext, Family, RegionSizes, TrainingOnly
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +54,7 @@ def decoder_family(
     def count_of(made: Design) -> int:
         return 0 if made.experts is None else made.experts.count
 
+    may_predict_more = "multi_token_layers" in section.__struct_fields__
     return Family(
         section=section,
         problems=broken,
@@ -65,4 +68,20 @@ def decoder_family(
         compiled_regions=compiled_regions,
         experts=lambda model: count_of(design(model)),
         windows=lambda model: design(model).windows,
+        training_only=_multi_token(design) if may_predict_more else None,
+    )
+
+
+def _multi_token(design: Callable[[D], Design]) -> TrainingOnly[D]:
+    """The layer that predicts a further token, behind the last one."""
+
+    def without(model: D) -> D:
+        if design(model).multi_token is None:
+            return model
+        return msgspec.structs.replace(model, multi_token_layers=0)
+
+    return TrainingOnly(
+        count_losses=lambda model: int(design(model).multi_token is not None),
+        without=without,
+        has_weight=lambda model, name: name.startswith(f"model.layers.{model.layers}."),
     )

@@ -55,7 +55,7 @@ _UNSET: Final = frozenset({"attention_factor", "mscale", "mscale_all_dim"})
 """The settings that are not written where they are 0, which stands for none."""
 _KINDS: Final = ("full_attention", "sliding_attention")
 """The names of a layer without and with a window."""
-_NO_FUNCTION: Final = frozenset({"max_seq_len", "dropout", "init_std"})
+_NO_FUNCTION: Final = frozenset({"max_seq_len", "dropout", "init_std", "multi_token_layers"})
 """The keys of [model] that do not change the function of a trained model."""
 
 

@@ -8,7 +8,6 @@ width of keys. Exact-mode safe.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import (
     TensorParallel,
-    Weight,
     column_linear,
     of_parts,
     row_linear,
     to_parts,
 )
 from holdfast.trainer.models.decoder.attention import AttentionCore, stack_of_parts
-from holdfast.trainer.models.decoder.norms import Choice, Queues, RMSNorm
+from holdfast.trainer.models.decoder.norms import Choice, Queues, RMSNorm, joined_linear
 from holdfast.trainer.models.decoder.regions import HeadNorms
 from holdfast.trainer.models.decoder.rotary import magnitude
 from holdfast.trainer.models.decoder.section import (
@@ -33,8 +31,6 @@ from holdfast.trainer.models.decoder.section import (
     LatentDesign,
     RopeScaling,
 )
-
-_ALONE: Final = TensorParallel(None, False)
 
 
 class LatentAttention(nn.Module):
@@ -92,7 +88,9 @@ class LatentAttention(nn.Module):
 
     def _projected(self, value: Tensor, number: int, queues: Queues) -> list[Tensor]:
         """The queries, keys and values of slice `number`, of each own part."""
-        query, key_value, turning = self._down(value, number).split(self._widths, -1)
+        parts = len(self._tp.own_parts)
+        latent = joined_linear([value], self.down, self._queue, number, parts)
+        query, key_value, turning = latent.split(self._widths, -1)
         source = value if self.query_norm is None else self.query_norm(query, queues)
         queue = self._queue.of(number)
         queries = column_linear(source, [[w] for w in of_parts(self.query, queue)], self._tp)
@@ -106,15 +104,6 @@ class LatentAttention(nn.Module):
             self._joined(*of_part)
             for of_part in zip(queries, keys_values, of_all_heads, strict=True)
         ]
-
-    def _down(self, value: Tensor, number: int) -> Tensor:
-        """The latent vectors of this rank's tokens; those of each part have a gradient each."""
-        parts = len(self._tp.own_parts)
-        found = []
-        for place, tokens in enumerate(value.chunk(parts)):
-            weight = Weight(self.down, self._queue.of(number * parts + place))
-            found += column_linear(tokens, [[weight]], _ALONE)
-        return found[0] if parts == 1 else torch.cat(found)
 
     def _joined(self, queries: Tensor, keys_values: Tensor, turning: Tensor) -> Tensor:
         """What the core takes: float[seq, batch, 3 heads key].

@@ -30,6 +30,7 @@ from holdfast.trainer.models.decoder.attention import Attention, attention_core
 from holdfast.trainer.models.decoder.ends import Embedding, Head
 from holdfast.trainer.models.decoder.experts import Decisions, Experts
 from holdfast.trainer.models.decoder.latent_attention import LatentAttention
+from holdfast.trainer.models.decoder.multi_token import MultiTokenLayer
 from holdfast.trainer.models.decoder.norms import (
     Choice,
     KeyedDropout,
@@ -225,7 +226,21 @@ def module_builder(
         if layer == 0:
             return Embedding(model, design, tp, queue, context.seed)
         if layer == model.layers + 1:
-            return Head(model, design, tp, queue, spec.vocab_chunk, choose)
+            further = None if design.multi_token is None else multi_token_layer(spec)
+            return Head(model, design, tp, queue, spec.vocab_chunk, choose, further)
+        return transformer_layer(layer, spec)
+
+    def multi_token_layer(spec: LayerSpec) -> MultiTokenLayer:
+        return MultiTokenLayer(
+            model.hidden,
+            tp,
+            queue,
+            Embedding(model, design, tp, queue, context.seed, "further embedding"),
+            transformer_layer(model.layers + 1, spec),
+            [hidden_norm(model, design, choose) for _ in range(3)],
+        )
+
+    def transformer_layer(layer: int, spec: LayerSpec) -> TransformerLayer:
         recompute, number = spec.recompute, layer - 1
         core = attention_core(
             model,

@@ -1,16 +1,17 @@
-"""Norms, biases and dropout of hidden states, by runs of tokens that have a gradient each."""
+"""Norms, biases, dropout and whole products of hidden states, by runs of tokens that have a
+gradient each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
-from holdfast.parallel.tensor_parallel import TensorParallel, in_slice
+from holdfast.parallel.tensor_parallel import TensorParallel, Weight, column_linear, in_slice
 from holdfast.trainer.models.decoder.regions import layer_norm, norm
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 
@@ -18,6 +19,7 @@ Queues = Sequence[WeightGradientQueue]
 """The queues of the runs of a hidden state's tokens that have a gradient each, of equal length;
 none: autograd has the gradient."""
 Region = Callable[..., Tensor]
+_ALONE: Final = TensorParallel(None, False)
 Choice = Callable[[Region], Region]
 """Gives the form in which a region is called: as it is, or compiled."""
 
@@ -80,6 +82,28 @@ def hidden_norm(model: DecoderConfig, design: Design, choose: Choice) -> nn.Modu
 def biased(value: Tensor, bias: nn.Parameter | None, queues: Queues) -> Tensor:
     """A hidden state with a bias added; None: there is none."""
     return value if bias is None else by_runs(torch.add, value, [bias], queues)
+
+
+def joined_linear(
+    sources: Sequence[Tensor],
+    parameter: nn.Parameter,
+    queue: WeightGradientQueue,
+    number: int,
+    parts: int,
+) -> Tensor:
+    """The product of a weight that every part has whole with this rank's tokens. Local.
+
+    Args:
+        sources: hidden states of slice `number`, whose features are joined.
+        parameter: float[out, in].
+        parts: the rank's parts; the tokens of each have a gradient of their own.
+    """
+    found = []
+    for place, of_part in enumerate(zip(*(value.chunk(parts) for value in sources), strict=True)):
+        weight = Weight(parameter, queue.of(number * parts + place))
+        tokens = of_part[0] if len(of_part) == 1 else torch.cat(of_part, -1)
+        found += column_linear(tokens, [[weight]], _ALONE)
+    return found[0] if parts == 1 else torch.cat(found)
 
 
 class _Dropout(torch.autograd.Function):

@@ -48,6 +48,8 @@ def problems(model: DecoderConfig, design: Design, parts: int, key: str) -> Iter
         yield from _latent_problems(model, design.latent)
     if design.experts is not None:
         yield from _expert_problems(model, design.experts, max(parts, 1), f"{key} = {parts}")
+    if design.multi_token is not None:
+        yield from _multi_token_problems(model, design.multi_token.layers)
     if parts >= 1:
         yield from _part_problems(model, parts, f"{key} = {parts}")
 
@@ -185,6 +187,19 @@ def _expert_problems(
         yield (
             f"model.dense_layers = {shown(list(dense))}: in model.family = {model.family!r} these "
             f"are the first layers; give {shown(list(range(len(dense))))}"
+        )
+
+
+def _multi_token_problems(model: DecoderConfig, count: int) -> Iterator[str]:
+    if count > 1:
+        yield (
+            f"model.multi_token_layers = {count}: one layer may predict a further token; use 1 or 0"
+        )
+    if model.tie_embeddings:
+        yield (
+            f"model.multi_token_layers = {count} with model.tie_embeddings = true: the layer that "
+            "predicts a further token uses the embedding beside the head, which has a weight of "
+            "its own then; set one of them to another value"
         )
 
 

@@ -159,8 +159,18 @@ class LatentDesign:
 
 
 @dataclass(frozen=True, slots=True)
+class MultiTokenDesign:
+    """Multi-token prediction (DeepSeek-AI 2024, DeepSeek-V3, section 2.2)."""
+
+    layers: int
+    """The layers behind the last one that predict a further token each; 1 can be computed."""
+    loss: float
+    """The factor of the loss of what they predict."""
+
+
+@dataclass(frozen=True, slots=True)
 class Design:
-    """What the layers of a model have that a plain Llama's lack."""
+    """What the layers of a model have that a plain Llama's lack: a field for each such thing."""
 
     qkv_bias: bool = False
     """Biases of the projections to queries, keys and values."""
@@ -187,6 +197,8 @@ class Design:
     """A row under Llama's name -> the row under the family's own, where checkpoints have that."""
     windows: tuple[int, ...] = ()
     """By layer, the keys that a query sees, itself included; 0: all before it. Empty: 0."""
+    multi_token: MultiTokenDesign | None = None
+    """The layer that predicts a further token; None: there is none."""
 
     def shape(self, outputs: int, inputs: int) -> tuple[int, int]:
         """The shape of a layer's matrix. Pure."""

@@ -67,17 +67,38 @@ def layer_specs(
         output_bytes=costs.hidden_bytes,
         forward_only=True,
     )
+    return (embedding, *transformer, _head(tables, costs, of_layers[-1], vocab_chunk))
+
+
+def _head(tables: Sequence[_Table], costs: Costs, recompute: str, vocab_chunk: int) -> LayerSpec:
+    """The row of the head, with that of the layer that predicts a further token.
+
+    Args:
+        recompute: what that layer recomputes.
+    """
+    further, layer = int(tables[0].design.multi_token is not None), tables[0].model.layers
     head = LayerSpec(
         name="head",
-        parameters=tuple(design.as_stored(table.head()) for table in tables),
-        forward_flops=costs.head_flops,
-        activation_bytes=costs.head_activation_bytes(vocab_chunk),
+        parameters=tuple(table.design.as_stored(table.head()) for table in tables),
+        forward_flops=costs.head_flops(further),
+        activation_bytes=costs.head_activation_bytes(vocab_chunk, further),
         output_bytes=8,
         recompute="logits" if vocab_chunk else "none",
-        recompute_flops=costs.head_flops if vocab_chunk else 0.0,
+        recompute_flops=costs.head_flops(further) if vocab_chunk else 0.0,
         vocab_chunk=vocab_chunk,
     )
-    return (embedding, *transformer, head)
+    if not further:
+        return head
+    return replace(
+        head,
+        forward_flops=head.forward_flops + costs.multi_token_flops(layer),
+        activation_bytes=head.activation_bytes
+        + costs.multi_token_activation_bytes(layer, recompute),
+        recompute=head.recompute if recompute == "none" else recompute,
+        recompute_flops=head.recompute_flops + costs.recompute_flops(layer, recompute),
+        attention_flops=costs.core_flops(layer),
+        keys_bytes=costs.keys_bytes,
+    )
 
 
 def shares_heads(model: DecoderConfig, parts: int, is_sharded: bool) -> bool:
@@ -112,7 +133,33 @@ class _Table:
         norm = self._norm("model.norm", "norm")
         if self.model.tie_embeddings:
             return *norm, self._vocabulary("model.embed_tokens.weight", "projection", 1)
-        return *norm, self._vocabulary("lm_head.weight", "projection", 0)
+        projection = self._vocabulary("lm_head.weight", "projection", 0)
+        if self.design.multi_token is None:
+            return *norm, projection
+        return *norm, projection, *self._multi_token()
+
+    def _multi_token(self) -> tuple[ParameterSpec, ...]:
+        """The layer behind the last one, by its published names, and its use of the embedding."""
+        prefix, hidden = f"model.layers.{self.model.layers}", self.model.hidden
+        shape = (hidden, 2 * hidden)
+        joining = self._whole(
+            f"{prefix}.eh_proj.weight",
+            shape,
+            "further.joining",
+            self._normal(shape),
+            parts_differ=self.norms_differ,
+        )
+        return (
+            self._vocabulary("model.embed_tokens.weight", "further.embedding.weight", 1),
+            *self._norm(f"{prefix}.enorm", "further.embedding_norm"),
+            *self._norm(f"{prefix}.hnorm", "further.hidden_norm"),
+            joining,
+            *(
+                replace(row, local=f"further.layer.{row.local}")
+                for row in self.transformer(self.model.layers)
+            ),
+            *self._norm(f"{prefix}.shared_head.norm", "further.norm"),
+        )
 
     def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
         prefix, latent = f"model.layers.{layer}", self.design.latent

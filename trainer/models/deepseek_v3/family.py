@@ -13,6 +13,7 @@ from holdfast.trainer.models.decoder import (
     ExpertConfig,
     ExpertDesign,
     LatentDesign,
+    MultiTokenDesign,
     RouterDesign,
     decoder_family,
 )
@@ -49,6 +50,10 @@ class DeepseekV3Config(ExpertConfig, frozen=True, kw_only=True):
     rope_head_dim: int = 64
     """Those that do."""
     value_head_dim: int = 128
+    multi_token_layers: int = 0
+    """The layers behind the others that predict a further token each, in training: 0 or 1."""
+    multi_token_loss_coef: float = 0.3
+    """The factor of the loss of what they predict."""
 
     def __post_init__(self) -> None:
         kv_heads, dim = self.kv_heads, self.plain_head_dim + self.rope_head_dim
@@ -84,6 +89,9 @@ def _design(model: DeepseekV3Config) -> Design:
             dense_layers=model.dense_layers,
             only_first_dense=True,
         ),
+        multi_token=MultiTokenDesign(model.multi_token_layers, model.multi_token_loss_coef)
+        if model.multi_token_layers
+        else None,
     )
 
 
@@ -124,8 +132,9 @@ FAMILY = decoder_family(
             "qk_nope_head_dim": "plain_head_dim",
             "qk_rope_head_dim": "rope_head_dim",
             "v_head_dim": "value_head_dim",
+            "num_nextn_predict_layers": "multi_token_layers",
         },
-        fixed={"rope_interleave": True, "num_nextn_predict_layers": 0, "attention_bias": False},
+        fixed={"rope_interleave": True, "attention_bias": False},
         to_json=_to_json,
         from_json=_from_json,
         aliases={"n_routed_experts": "num_local_experts"},

@@ -276,10 +276,9 @@ class Training:
         program = self._program if only is None else self._part_of(only)
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             program = self._rest_of(step)
-        self.optimizer.begin_step(self._offers(program[0]), lambda: at(step + 1, "exchange"))
-        with self._layers_of(
-            partial(training_program, self.plan, only=only), lambda: at(step + 1, "prefetch")
-        ):
+        self.optimizer.begin_step(self._offers(program[0]), lambda: at(step + 1, "exchange"), only)
+        program_of = partial(training_program, self.plan, only=only)
+        with self._layers_of(program_of, lambda: at(step + 1, "prefetch"), only):
             try:
                 return self.executor.run(*program)
             except OffloadError as error:
@@ -291,12 +290,15 @@ class Training:
 
     @contextmanager
     def _layers_of(
-        self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None
+        self,
+        program_of: Callable[[int], Program],
+        receiving: Callable[[], None] = lambda: None,
+        only: frozenset[int] | None = None,
     ) -> Iterator[None]:
         """Have the parameters of layers that replicas share in memory while a program uses them."""
         layers = self.model.layers
         if layers is not None:
-            layers.begin(program_of, receiving)
+            layers.begin(program_of, receiving, only)
         yield
         if layers is not None:
             layers.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -79,8 +80,11 @@ def changes_of(plan: Plan, rng: random.Random) -> Mapping[str, Any]:
         return {"micro_batches": tuple(tuple(reversed(row)) for row in plan.micro_batches)}
     if kind == 6:
         mixed = [list(owners) for owners in plan.owners]
-        for owners in mixed:
-            rng.shuffle(owners)
+        for part, stage in product(range(len(mixed)), range(replicas.pipeline)):
+            found = [b for b in plan.blocks[part] if plan.stage_of_layer(b.layer) == stage]
+            owners = [mixed[part][block.index] for block in found]
+            for block, owner in zip(found, rng.sample(owners, len(owners)), strict=True):
+                mixed[part][block.index] = owner
         return {"given_owners": tuple(map(tuple, mixed))}
     if kind == 7:
         return {"shard": rng.choice(["optimizer", "gradients", "parameters"]), "shard_group": 3}

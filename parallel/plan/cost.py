@@ -11,7 +11,7 @@ from holdfast.parallel.plan.programs import own_program, training_program
 from holdfast.parallel.plan.sharding import (
     KEPT_KINDS,
     KeptKind,
-    keepers,
+    keeping,
     shard_group,
     shards,
     use_order,
@@ -250,13 +250,14 @@ def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
     """The number of parameters that a rank keeps, or whose sums it keeps, at all uses. Pure."""
     if not shards(plan, kept):
         return held_elements(plan, rank)
+    keeps = keeping(plan, rank, kept)
     return sum(
         block.elements
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
         for _, part, row, _ in plan.rows_of(rank, layer)
         for block in plan.blocks_of(layer, part, row)
-        if rank in keepers(plan, block, kept, layer)
+        if keeps(block, layer)
     )
 
 
@@ -265,14 +266,24 @@ def _gradient_bytes(precision: Precision, exact: bool) -> int:
 
 
 def rank_memory(
-    plan: Plan, rank: int, *, precision: Precision, owned_bytes: int, exact: bool
+    plan: Plan,
+    rank: int,
+    *,
+    precision: Precision,
+    owned_bytes: int,
+    exact: bool,
+    activations: int | None = None,
 ) -> RankMemory:
     """The memory of one rank. Pure.
 
     Args:
         owned_bytes: what the optimizer keeps per owned parameter, the reduced gradient included.
         exact: whether gradients are summed as int64.
+        activations: `peak_activation_bytes` of a rank of its stage replica, which is its own; None:
+            it is computed.
     """
+    if activations is None:
+        activations = peak_activation_bytes(plan, rank)
     own = plan.owned_blocks(rank)
     owned = sum(plan.block(key).elements for key in own)
     guests = sum(plan.block(key).elements for key in own if plan.is_guest(key))
@@ -282,7 +293,7 @@ def rank_memory(
         parameters=(kept_elements(plan, rank, "parameters") + guests) * precision.bytes,
         gradients=kept_elements(plan, rank, "gradients") * _gradient_bytes(precision, exact),
         optimizer=owned * owned_bytes,
-        activations=peak_activation_bytes(plan, rank),
+        activations=activations,
         buffers=buffer_bytes(plan, rank, precision=precision, exact=exact, sent=sent)
         + between_stretches_bytes(plan, rank),
     )

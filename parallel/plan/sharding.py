@@ -8,7 +8,7 @@ one rank keeps everything, which is how ordinary replicas are described. Pure; n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -107,6 +107,23 @@ def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) 
             group for part in (first, *further) for group in shard_groups(plan, part, stage, kept)
         )
     return tuple(group.keeper(owner, position) for group in groups)
+
+
+def keeping(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Block, int], bool]:
+    """A function of a block that a rank holds, and the layer of a use: whether the rank is among
+    its `keepers` there. Pure; for many blocks of one rank.
+    """
+    if not shards(plan, kept) or len(plan.parts_of(rank)) > 1:  # several parts: several groups
+        return lambda block, layer: rank in keepers(plan, block, kept, layer)
+    group, positions = shard_group(plan, rank, kept), _positions(plan, kept)
+
+    def keeps(block: Block, layer: int) -> bool:
+        if kept == "gradients" and is_whole(plan, block):
+            return rank in keepers(plan, block, kept, layer)
+        owner = plan.owner(block.key)
+        return group.keeper(owner, positions[owner][1]) == rank
+
+    return keeps
 
 
 def all_keepers(plan: Plan, block: Block, kept: KeptKind) -> tuple[int, ...]:

@@ -146,12 +146,14 @@ def peak_in_flight(
     Returns:
         The peak, in the unit of `size`.
     """
-    freeing = Op.BACKWARD_INPUT if until == "input" else Op.BACKWARD_WEIGHT
+    split = Op.BACKWARD_INPUT if until == "input" else Op.BACKWARD_WEIGHT
+    keeping, freeing = Op.FORWARD, frozenset({Op.BACKWARD, split})
     live = peak = 0.0
     for action in program:
-        if action.op is Op.FORWARD:
+        op = action.op
+        if op is keeping:
             live += 1 if size is None else size(action.chunk)
             peak = max(peak, live)
-        elif action.op is Op.BACKWARD or action.op is freeing:
+        elif op in freeing:
             live -= 1 if size is None else size(action.chunk)
     return peak

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from holdfast.parallel.schedules.actions import Action, Op, Program
 
@@ -60,7 +59,8 @@ def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -
         if not 0 <= neighbour < chunks:
             return []
         peers = peers_of(op, neighbour, action.micro_batch)
-        return [replace(action, op=op, peer=peer) for peer in peers]
+        chunk, micro_batch, stretch = action.key
+        return [Action(op, chunk, micro_batch, peer, stretch) for peer in peers]
 
     complete: list[Action] = []
     for action in program:
@@ -87,6 +87,7 @@ def owners(programs: Mapping[int, Program]) -> dict[tuple[int, int], int]:
 
 def matching_receive(send: Action, sender: int) -> Action:
     """The receive at the other end: the output of chunk c is the input of chunk c + 1."""
+    chunk, micro_batch, stretch = send.key
     if send.op is Op.SEND_FORWARD:
-        return replace(send, op=Op.RECEIVE_FORWARD, chunk=send.chunk + 1, peer=sender)
-    return replace(send, op=Op.RECEIVE_BACKWARD, chunk=send.chunk - 1, peer=sender)
+        return Action(Op.RECEIVE_FORWARD, chunk + 1, micro_batch, sender, stretch)
+    return Action(Op.RECEIVE_BACKWARD, chunk - 1, micro_batch, sender, stretch)

@@ -17,6 +17,7 @@ from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     Plan,
     RankMemory,
+    peak_activation_bytes,
     rank_memory,
     replica_timeline,
     step_time_s,
@@ -313,19 +314,22 @@ def _fullest_ranks(
         owned_bytes: as for `rank_memory`.
     """
     mesh = plan.configured_mesh
+
+    def of_replica(data: int, stage: int) -> Iterator[RankMemory]:
+        activations = peak_activation_bytes(plan, mesh.rank(0, data, stage))
+        for shard in range(mesh.shards):
+            yield rank_memory(
+                plan,
+                mesh.rank(shard, data, stage),
+                precision=form.precision,
+                owned_bytes=owned_bytes,
+                exact=exact,
+                activations=activations,
+            )
+
     return tuple(
         max(
-            (
-                rank_memory(
-                    plan,
-                    mesh.rank(shard, d, stage),
-                    precision=form.precision,
-                    owned_bytes=owned_bytes,
-                    exact=exact,
-                )
-                for shard in range(mesh.shards)
-                for d in {0, busiest, mesh.data - 1}
-            ),
+            (memory for d in {0, busiest, mesh.data - 1} for memory in of_replica(d, stage)),
             key=lambda memory: memory.total,
         )
         for stage in range(mesh.pipeline)

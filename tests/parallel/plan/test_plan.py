@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given, strategies as st
@@ -15,7 +16,13 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks, spread_owners
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
-from holdfast.parallel.plan.sharding import all_keepers, keeps_parameters
+from holdfast.parallel.plan.sharding import (
+    KEPT_KINDS,
+    all_keepers,
+    keepers,
+    keeping,
+    keeps_parameters,
+)
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
@@ -102,17 +109,20 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
     shared = plan.evolved(shard="parameters", shard_group=2)
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
-            keeping = all_keepers(plan, block, "parameters")
-            assert owner in keeping
+            keeping_it = all_keepers(plan, block, "parameters")
+            assert owner in keeping_it
             spec = layers[block.layer].parameters[index][block.spec_index]
             assert spec.copies[0] == index
-            assert keeping == tuple(
+            assert keeping_it == tuple(
                 rank for rank in range(mesh.size) if spec.box in held[rank].get(spec.name, ())
             )
             for kept in (plan, shared):
                 keep = [keeps_parameters(kept, block, rank) for rank in range(mesh.size)]
-                keeping = all_keepers(kept, block, "parameters")
-                assert keeping == tuple(rank for rank, keeps in enumerate(keep) if keeps)
+                found = all_keepers(kept, block, "parameters")
+                assert found == tuple(rank for rank, keeps in enumerate(keep) if keeps)
+                for rank, kind in product(kept.holders(block), KEPT_KINDS):
+                    keeps_it = keeping(kept, rank, kind)(block, block.layer)
+                    assert keeps_it == (rank in keepers(kept, block, kind))
 
 
 def test_blocks_do_not_depend_on_replicas_or_stages() -> None:

@@ -17,6 +17,8 @@ from holdfast.parallel.optimizer.exchange.buckets import (
 from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.sharding.shares import kept_spans
 from holdfast.parallel.plan import KeptKind, Plan
+from holdfast.parallel.plan.cost import exchanged_bytes
+from holdfast.parallel.precision import PRECISIONS
 from support.runs.exchange_plans import LAYOUTS, after_a_loss, buffer_of, plan_of
 
 ELEMENTS = 3000
@@ -140,6 +142,22 @@ def test_every_place_gets_its_parameters_once(
         )
         assert filled == held, rank
     assert not any(messages.values())
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor", "matrices in parts"])
+def test_what_is_sent_is_about_what_is_estimated(layout: str) -> None:
+    """Of a matrix that has one owner, whichever ranks hold its parts, more than of the rest."""
+    plan = plan_of(layout, tied=False)
+    fp32, ranks = PRECISIONS["fp32"], plan.stage_replicas.ranks
+    estimates = [exchanged_bytes(plan, rank, precision=fp32, exact=False) for rank in ranks]
+    sums = sum(b.elements for here in routes_of(plan).values() for b in here.others)
+    parameters = sum(
+        owned.bucket.elements * len(owned.contributors)
+        for here in routes_of(plan, "parameters").values()
+        for owned in here.mine
+    )
+    assert sum(found.gradients for found in estimates) / 4 == pytest.approx(sums, rel=0.05)
+    assert sum(found.parameters for found in estimates) / 4 == pytest.approx(parameters, rel=0.05)
 
 
 def test_blocks_of_a_tied_weight_travel_apart_from_their_neighbours() -> None:

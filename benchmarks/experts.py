@@ -82,12 +82,12 @@ class _Ours(torch.nn.Module):
             router=RouterDesign(aux_loss=0.0, z_loss=0.0),
         )
         tp = TensorParallel(None, False)
-        self.layer = Experts(model, design, 1, tp, WeightGradientQueue())
+        self.layer = Experts(model, design, 1, tp, WeightGradientQueue(), range(design.count))
         for parameter in self.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
 
     def forward(self, value: Tensor) -> Tensor:
-        return self.layer(value, MicroBatchContext(0, 0, True, None), 0, (), {})
+        return self.layer([value], MicroBatchContext(0, 0, True, None), [()], {})[0]
 
 
 def _ours(size: dict[str, int], dtype: torch.dtype) -> _Ours:
@@ -107,11 +107,11 @@ def _theirs(size: dict[str, int], dtype: torch.dtype, name: str, ours: _Ours) ->
     )
     config._experts_implementation = name
     block = Qwen3MoeSparseMoeBlock(config).to(dtype)
-    experts: Any = ours.layer.experts
+    experts: Any = ours.layer.experts.values()
     with torch.no_grad():
         block.gate.weight.copy_(ours.layer.router)
-        block.experts.gate_up_proj.copy_(torch.stack([e.gate_up[0] for e in experts]))
-        block.experts.down_proj.copy_(torch.stack([e.down[0] for e in experts]))
+        block.experts.gate_up_proj.copy_(torch.stack([e.gate_up for e in experts]))
+        block.experts.down_proj.copy_(torch.stack([e.down for e in experts]))
     return block
 
 

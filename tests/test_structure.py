@@ -27,6 +27,7 @@ WIDE = {
     "parallel.offload.stores.staged_store.StagedCopy": "and has the fields that both need",
     "parallel.optimizer.accumulator.GradientAccumulator": "Its attributes are the sums",
     "parallel.optimizer.exchange.gradients.GradientExchange": "that the two threads share",
+    "parallel.layout.parameters.ParameterSpec": "It has a field for each rule",
     "parallel.optimizer.sharded.ShardedOptimizer": "The phases share its attributes",
     "parallel.output.disk_queue.DiskQueue": "because one lock guards all that a retry needs",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",

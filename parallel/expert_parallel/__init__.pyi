@@ -1,4 +1,5 @@
 from .dispatch import (
+    Arriving as Arriving,
     dispatch as dispatch,
 )
 from .products import (

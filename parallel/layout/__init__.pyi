@@ -20,6 +20,7 @@ from .parameters import (
     LayerSpec as LayerSpec,
     ParameterSpec as ParameterSpec,
     contributing_parts as contributing_parts,
+    expert_count as expert_count,
     held_rows as held_rows,
 )
 from .slices import (

@@ -33,8 +33,6 @@ class Axis:
     """Inside a stage replica, whether its ranks hold parts of the parameters rather than copies."""
     is_optional: bool = False
     """Whether it is left out, of texts and of groups, where it has a single rank."""
-    is_available: bool = True
-    """Whether this version can give the axis more than one rank."""
 
 
 AXES: Mapping[str, Axis] = {
@@ -49,14 +47,6 @@ AXES: Mapping[str, Axis] = {
         "the tokens of every sequence",
         in_stage_replica=True,
         is_optional=True,
-    ),
-    "expert": Axis(
-        "expert",
-        "the experts of every layer that has any",
-        in_stage_replica=True,
-        splits_parameters=True,
-        is_optional=True,
-        is_available=False,
     ),
     "data": Axis("data", "the micro-batches of a step", in_stage_replica=False),
     "pipeline": Axis("pipeline", "the layers of the model", in_stage_replica=False),

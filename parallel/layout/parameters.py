@@ -7,7 +7,7 @@ parameter is in its row here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -26,7 +26,10 @@ class Initial:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One segment of a local parameter: its part of a logical tensor, and its rules."""
+    """One segment of a local parameter: its part of a logical tensor, and its rules.
+
+    It has a field for each rule, so that none is elsewhere.
+    """
 
     name: str
     """The logical name, e.g. `model.layers.3.self_attn.q_proj.weight`."""
@@ -51,6 +54,8 @@ class ParameterSpec:
     some of: the rows here are one block. None: its rows are updated apart."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
+    expert: int | None = None
+    """The expert of the layer that it is a matrix of; None: it is none's."""
     balance: float | None = None
     """Of biases that even loads: what a step changes each by, up where the load, to which its
     gradient is proportional, is below the mean, and down where it is above. None: the optimizer
@@ -120,6 +125,12 @@ class LayerSpec:
     """The head: the vocabulary entries of a part whose logits are in memory at once; 0: all."""
 
 
+def expert_count(layer: LayerSpec) -> int:
+    """The number of experts of a layer; 0: it has none. Pure."""
+    numbers = (spec.expert for part in layer.parameters for spec in part)
+    return max((number + 1 for number in numbers if number is not None), default=0)
+
+
 def contributing_parts(row: HeldRow, parts: Sequence[int]) -> tuple[int, ...]:
     """The parts of a rank that give a row a gradient each: its own, or all that share it. Pure.
 
@@ -130,7 +141,12 @@ def contributing_parts(row: HeldRow, parts: Sequence[int]) -> tuple[int, ...]:
     return tuple(part for part in parts if part in summed) if summed else (row.part,)
 
 
-def held_rows(layer: LayerSpec, number: int, parts: Sequence[int]) -> list[HeldRow]:
+def held_rows(
+    layer: LayerSpec,
+    number: int,
+    parts: Sequence[int],
+    experts: Collection[int] | None = None,
+) -> list[HeldRow]:
     """The rows of a layer that a rank with some parts holds, by part. Pure.
 
     A row that several of its parts have is there once.
@@ -138,10 +154,16 @@ def held_rows(layer: LayerSpec, number: int, parts: Sequence[int]) -> list[HeldR
     Args:
         number: the layer's index.
         parts: ascending.
+        experts: the experts that the rank has; None: those of its parts.
     """
+    own = {part: parts[:place] for place, part in enumerate(parts)}
     return [
         HeldRow(number, part, index, spec)
-        for place, part in enumerate(parts)
+        for part in (parts if experts is None else range(len(layer.parameters)))
         for index, spec in enumerate(layer.parameters[part])
-        if len(spec.copies) == 1 or set(spec.copies).isdisjoint(parts[:place])
+        if (
+            spec.expert in experts
+            if experts is not None and spec.expert is not None
+            else part in own and (len(spec.copies) == 1 or set(spec.copies).isdisjoint(own[part]))
+        )
     ]

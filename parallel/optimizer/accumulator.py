@@ -7,7 +7,7 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -40,8 +40,8 @@ class GradientSource(Protocol):
         ...
 
 
-Skipped = Mapping[nn.Parameter, frozenset[int]]
-"""By parameter: the gradients of a micro-batch that its sums include already, by number."""
+Skipped = Mapping[nn.Parameter, Set[tuple[int, int]]]
+"""By parameter: the gradients that its sums include already: (micro-batch, number in it)."""
 Share = Callable[[int, nn.Parameter, Tensor], None]
 """Takes a slice's gradient of a parameter, which is not changed any more: the slices of a
 micro-batch one after another."""
@@ -130,12 +130,17 @@ class GradientAccumulator:
         """The kept sums [start, stop): a view of `sums`."""
         return self.kept.of(self.sums, start, stop)
 
-    def begin_gradients(self, micro_batch: int, skipped: Skipped) -> None:
-        """Before a micro-batch's gradients; those `skipped` are not added again."""
-        self._micro_batch, self._skipped = micro_batch, skipped
+    def skip(self, skipped: Skipped) -> None:
+        """Add the gradients `skipped` not again, until `clear`."""
+        self._skipped = skipped
+
+    def begin_gradients(self, micro_batch: int) -> None:
+        """Before a micro-batch's gradients."""
+        self._micro_batch = micro_batch
 
     def clear(self) -> None:
         """Clear all sums and flags at the start of a step; first gradients replace what is here."""
+        self._skipped = {}
         self._flags.zero_()
         self.included.clear()
         self._empty = set(self._views)
@@ -205,16 +210,22 @@ class GradientAccumulator:
             self._left.pop(parameter, None)
         self._complete([p for p in parameters if p not in self._shared])
 
-    def _takes(self, parameter: nn.Parameter, unit: int) -> bool:
+    def _takes(self, parameter: nn.Parameter, unit: int, micro_batch: int | None = None) -> bool:
         """Note the offer of a gradient. Returns whether it is to be added."""
-        if unit in self._skipped.get(parameter, ()):
+        key = (self._micro_batch if micro_batch is None else micro_batch, unit)
+        if key in self._skipped.get(parameter, ()):
             return False
-        self.included.setdefault(parameter, set()).add((self._micro_batch, unit))
+        self.included.setdefault(parameter, set()).add(key)
         return True
 
-    def _offered(self, parameter: nn.Parameter) -> None:
-        """Count an offer that has been taken or skipped."""
-        left = self._left.get(parameter, 0) - 1
+    def pass_over(self, parameter: nn.Parameter, count: int) -> None:
+        """Count offers of gradients that other ranks have."""
+        if count:
+            self._offered(parameter, count)
+
+    def _offered(self, parameter: nn.Parameter, count: int = 1) -> None:
+        """Count offers that have been taken or skipped."""
+        left = self._left.get(parameter, 0) - count
         if left > 0:
             self._left[parameter] = left
         elif left == 0:
@@ -243,16 +254,22 @@ class GradientAccumulator:
         return first
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, unit: int = 0
+        self,
+        parameter: nn.Parameter,
+        grad_output: Iterable[Tensor],
+        value: Tensor,
+        unit: int = 0,
+        micro_batch: int | None = None,
     ) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype.
 
         Args:
             grad_output: blocks of its columns, from the first to the last.
             unit: the number of the gradient in its micro-batch.
+            micro_batch: None: the one of `begin_gradients`.
         """
         # Without tokens nothing is added, but it counts: an expert has a gradient in every slice.
-        if self._takes(parameter, unit) and (len(value) or parameter in self._shared):
+        if self._takes(parameter, unit, micro_batch) and (len(value) or parameter in self._shared):
             self._add_matmul(parameter, grad_output, value)
         self._offered(parameter)
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import HeldRow, ParameterSpec
+from holdfast.parallel.layout import Box, HeldRow, ParameterSpec
 
 ALIGNMENT_ELEMENTS = 64
 """Local parameters start at multiples of this: 64 bytes or more for every dtype in use."""
@@ -114,6 +114,11 @@ class Segment:
     def spec(self) -> ParameterSpec:
         return self.row.spec
 
+    @property
+    def elements(self) -> tuple[int, str, Box]:
+        """What it is: a layer's use of a box of a logical tensor."""
+        return self.layer, self.spec.name, self.spec.box
+
 
 class ParameterBuffer:
     """A rank's parameters in one flat index space, and the tensor of those that it keeps.
@@ -179,6 +184,14 @@ class ParameterBuffer:
     def part(self, start: int, stop: int) -> Tensor:
         """The kept parameters [start, stop): a view of `values`."""
         return self.kept.of(self.values, start, stop)
+
+    def take_over(self, other: ParameterBuffer) -> None:
+        """Take the parameters of another buffer of this rank that are here as well."""
+        there = {segment.elements: segment for segment in other.segments}
+        for segment in self.segments:
+            old = there.get(segment.elements)
+            if old is not None and other.kept is other.whole and self.kept is self.whole:
+                self.view(self.values, segment).copy_(other.view(other.values, old))
 
     def view(self, values: Tensor, segment: Segment) -> Tensor:
         """The segment's part of a flat tensor of all elements, in the segment's shape."""

@@ -202,23 +202,19 @@ class ShardedOptimizer:
         self.owned_state.restart()
 
     def begin_step(
-        self,
-        offers: Mapping[nn.Parameter, int],
-        sending: Callable[[], None] = lambda: None,
-        only: frozenset[int] | None = None,
+        self, offers: Mapping[nn.Parameter, int], sending: Callable[[], None] = lambda: None
     ) -> None:
         """Begin a step: gradients are added from now on, and leave when they are complete. Local.
 
         Args:
             offers: the number of gradients that each parameter is offered in this step.
             sending: called in another thread once the first sums are on their way.
-            only: the micro-batches that are computed; None: all.
         """
         if self._sharing is None:
             self._exchange.begin(sending)
         else:
             self._exchange.begin(lambda: None)
-            self._sharing.begin(self._exchange.complete, sending, only)
+            self._sharing.begin(self._exchange.complete, sending)
         self.go_on(offers)
 
     def go_on(self, offers: Mapping[nn.Parameter, int]) -> None:
@@ -347,9 +343,13 @@ class ShardedOptimizer:
         """Set the parameters of the owned blocks from master copies, if there are any. Local."""
         self.owned_state.round_masters(0, len(self.owned))
 
-    def gather(self) -> None:
-        """Send every block's parameters from its owner to all holders. Collective over these."""
-        to_all = gathering(self._parameter_routes, self._rank, lambda key, holder: False)
+    def gather(self, has: Callable[[BlockKey, int], bool] = lambda key, holder: False) -> None:
+        """Send blocks' parameters from their owners to all holders. Collective over these.
+
+        Args:
+            has: (block, rank) -> whether the rank has its parameters, the same on all ranks.
+        """
+        to_all = gathering(self._parameter_routes, self._rank, has)
         sends = [
             handle
             for owned in reversed(self._routes.mine)

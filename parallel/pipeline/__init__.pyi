@@ -8,6 +8,10 @@ from .executor import (
     MessageShape as MessageShape,
     receive_order as receive_order,
 )
+from .expert_team import (
+    ExpertTeam as ExpertTeam,
+    LayerHosts as LayerHosts,
+)
 from .model_chunk import (
     Chunk as Chunk,
     MicroBatchContext as MicroBatchContext,

@@ -43,7 +43,8 @@ class ChunkRunner(Protocol):
     def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
         """The chunk's output for its input (None for the first).
 
-        The last chunk keeps its loss: None.
+        The last chunk keeps its loss: None. With a negative micro-batch, a chunk's experts compute
+        for other ranks alone, without input or output; and so backwards.
         """
         ...
 
@@ -219,7 +220,7 @@ class Executor:
                 value = values.pop(key, None)
                 with saved.forward(key):
                     output = chunks[chunk].forward(passage, value)
-                if chunk != last:
+                if chunk != last and passage.micro_batch >= 0:
                     values[_at(chunk + 1, passage)] = output
                 del value, output  # what waits for its backward pass may leave memory
             elif op is Op.BACKWARD or op is Op.BACKWARD_INPUT:
@@ -229,7 +230,7 @@ class Executor:
                 gradient = run(passage, gradients.pop(key, None))
                 if op is Op.BACKWARD_INPUT:
                     self._awaiting_weight_gradient[key] = None
-                if chunk != 0:
+                if chunk != 0 and passage.micro_batch >= 0:
                     gradients[_at(chunk - 1, passage)] = gradient
                 del gradient
             elif op is Op.BACKWARD_WEIGHT:

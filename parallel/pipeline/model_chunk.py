@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.layout import HeldRow, Slices
 from holdfast.parallel.pipeline.batch import Batch
+from holdfast.parallel.pipeline.expert_team import ExpertTeam
 
 
 class Passage(NamedTuple):
@@ -55,13 +56,21 @@ class MicroBatchContext:
     """Called with each layer but the last, its hidden states of the own slices, and this."""
     loads: dict[TokensKey, Tensor] = field(default_factory=dict)
     """What routers note in training: the choices of each expert, int64[experts]."""
+    experts: ExpertTeam | None = None
+    """The ranks that have the experts of the tokens; None: those of the tensor group, by part."""
+
+    @property
+    def hosts_only(self) -> bool:
+        """Whether this rank has no tokens here: its experts take those of others meanwhile."""
+        return self.micro_batch < 0
 
 
 class GradientSink(Protocol):
     """The place where micro-batch gradients are summed, each slice's by itself.
 
     A gradient has a number in its micro-batch: that of its slice. Of a parameter that gets several
-    of each slice, p, the one at place k of slice q has q times p + k.
+    of each slice, p, the one at place k of slice q has q times p + k. It is of the micro-batch that
+    the sink was told, unless it says of which: experts compute other ranks' micro-batches.
     """
 
     def add(self, parameter: nn.Parameter, gradient: Tensor, unit: int = 0) -> None:
@@ -69,7 +78,12 @@ class GradientSink(Protocol):
         ...
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, unit: int = 0
+        self,
+        parameter: nn.Parameter,
+        grad_output: Iterable[Tensor],
+        value: Tensor,
+        unit: int = 0,
+        micro_batch: int | None = None,
     ) -> None:
         """Add grad_output[tokens, out].T @ value[tokens, in].
 
@@ -84,6 +98,10 @@ class GradientSink(Protocol):
         """Add gradient[k, ...] to the distinct rows int64[k]."""
         ...
 
+    def pass_over(self, parameter: nn.Parameter, count: int) -> None:
+        """Expect so many gradients less: other ranks have them."""
+        ...
+
 
 class WeightGradientRecord(NamedTuple):
     """A linear layer's weight gradient that is still to be computed."""
@@ -95,6 +113,8 @@ class WeightGradientRecord(NamedTuple):
     """float[tokens, in]"""
     unit: int
     """The number of the gradient in its micro-batch."""
+    micro_batch: int | None = None
+    """None: the one whose gradients are being computed."""
 
 
 @dataclass(slots=True)
@@ -121,13 +141,19 @@ class WeightGradientQueue:
     def __init__(self) -> None:
         self._destination = _Destination()
         self._unit = 0
+        self._micro_batch: int | None = None
 
-    def of(self, unit: int) -> WeightGradientQueue:
-        """The same queue, for gradients with the number `unit` in their micro-batch."""
-        if unit == self._unit:
+    def of(self, unit: int, micro_batch: int | None = None) -> WeightGradientQueue:
+        """The same queue, for gradients with the number `unit` in their micro-batch.
+
+        Args:
+            micro_batch: None: the one whose gradients are being computed.
+        """
+        if (unit, micro_batch) == (self._unit, self._micro_batch):
             return self
         queue = WeightGradientQueue()
         queue._destination, queue._unit = self._destination, unit
+        queue._micro_batch = micro_batch
         return queue
 
     @property
@@ -159,7 +185,8 @@ class WeightGradientQueue:
 
         A sink that does not need the gradient does not iterate over the blocks.
         """
-        record = WeightGradientRecord(parameter, grad_output, value.detach(), self._unit)
+        value, micro_batch = value.detach(), self._micro_batch
+        record = WeightGradientRecord(parameter, grad_output, value, self._unit, micro_batch)
         kept = self._destination.kept
         if kept is None:
             self.run((record,))
@@ -173,6 +200,10 @@ class WeightGradientQueue:
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add gradient[k, ...] to the distinct rows int64[k], at once. There is a sink."""
         self._sink.add_rows(parameter, rows, gradient, self._unit)
+
+    def pass_over(self, parameter: nn.Parameter, count: int) -> None:
+        """Expect so many gradients less, because other ranks have them. There is a sink."""
+        self._sink.pass_over(parameter, count)
 
     def run(self, records: Sequence[WeightGradientRecord]) -> None:
         """Compute and add the gradients of `records`, in order."""
@@ -198,6 +229,22 @@ class Chunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.queue = WeightGradientQueue()
+
+    def host(self, root: Tensor, context: MicroBatchContext) -> Tensor:
+        """Have the experts here take part in the passage of other ranks' micro-batches.
+
+        Collective over the team of `context`, whose other members compute a passage.
+
+        Args:
+            root: float[0, hidden]: the beginning of the graph.
+        Returns:
+            float[0, hidden]: the end of the graph, for the backward passage.
+        """
+        raise NotImplementedError
+
+    def no_tokens(self) -> Tensor:
+        """The hidden state of no token: float[0, hidden]."""
+        raise NotImplementedError
 
     def rows(self) -> list[tuple[HeldRow, nn.Parameter]]:
         """The rows of the chunk, by layer and part in the order of the tables; the parameters."""

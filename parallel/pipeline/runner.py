@@ -80,6 +80,8 @@ class ModelChunkRunner:
         self._gradients: dict[Passage, _InputGradient] = {}
         self._edges: dict[Passage, GradientEdge] = {}
         self._deferred: dict[Passage, list[WeightGradientRecord]] = {}
+        self._nothing: dict[Passage, Tensor] = {}
+        """The output's gradient of passages in which this rank hosts experts only: it is empty."""
         self.losses: dict[Passage, Tensor] = {}
         """Last chunk: the sum of token losses of what has passed it, a float64 scalar or one for
         each slice, or several for each."""
@@ -87,6 +89,9 @@ class ModelChunkRunner:
     def forward(self, passage: Passage, value: Tensor | None) -> Tensor | None:
         context = self._context(passage)
         gradient = _InputGradient()
+        if context.hosts_only:
+            self._host(passage, context, gradient)
+            return None
         if value is not None and context.training:
             value = _ChunkInput.apply(self._root, [value.detach()], gradient)
         with torch.set_grad_enabled(context.training):
@@ -100,9 +105,21 @@ class ModelChunkRunner:
             return None
         return output.detach()
 
+    def _host(self, passage: Passage, context: MicroBatchContext, gradient: _InputGradient) -> None:
+        value = self.chunk.no_tokens()
+        with torch.set_grad_enabled(context.training):
+            if context.training:
+                value = _ChunkInput.apply(self._root, [value], gradient)
+            output = self.chunk.host(value, context)
+        if context.training:
+            self._gradients[passage] = gradient
+            self._edges[passage] = get_gradient_edge(output)
+            self._nothing[passage] = torch.zeros_like(output)
+
     def clear(self) -> None:
         """Remove the remains of an interrupted step; also called before a new step."""
-        for kept in (self._gradients, self._edges, self._deferred, self.losses):
+        of_passages = (self._gradients, self._edges, self._deferred, self._nothing, self.losses)
+        for kept in of_passages:
             kept.clear()
 
     def backward_input(self, passage: Passage, grad_output: Tensor | None) -> Tensor | None:
@@ -119,6 +136,8 @@ class ModelChunkRunner:
         self._before_gradients(passage.micro_batch)
         gradient = self._gradients.pop(passage)
         edge = self._edges.pop(passage)
+        if grad_output is None:
+            grad_output = self._nothing.pop(passage, None)
         if grad_output is None:
             grad_output = self._loss_gradient.expand(self.losses[passage].shape)
         torch.autograd.backward(edge, grad_output)

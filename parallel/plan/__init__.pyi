@@ -48,11 +48,13 @@ from .plan import (
 from .programs import (
     evaluation_program as evaluation_program,
     message_units as message_units,
+    team_micro_batches as team_micro_batches,
     training_program as training_program,
 )
 from .replan import (
     replan as replan,
     with_shadows as with_shadows,
+    would_move_experts as would_move_experts,
     would_move_layers as would_move_layers,
 )
 from .serialization import (
@@ -62,7 +64,6 @@ from .serialization import (
 from .sharding import (
     Contribution as Contribution,
     KeptKind as KeptKind,
-    ShardGroup as ShardGroup,
     all_keepers as all_keepers,
     are_aligned as are_aligned,
     contribution_order as contribution_order,

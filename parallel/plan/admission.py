@@ -72,6 +72,7 @@ def next_plan(
             return now
     now = _with_spares(now, waiting)
     coming: dict[int, set[BlockKey]] = {}
+    following: Plan | None = None
     for may_move in (move_layers, True):  # what is only made ready comes into force between steps
         following = replan(
             now,
@@ -83,7 +84,8 @@ def next_plan(
         coming = _coming(now, following)
         if may_move == move_layers and ready.issuperset(coming) and _have(plan, coming, filled):
             return following
-    return now.evolved(incoming=_by_block(now, coming))
+    hosts = following.given_hosts if following is not None else None
+    return now.evolved(incoming=_by_block(now, coming), coming_hosts=hosts)
 
 
 def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, set[BlockKey]]:

@@ -128,6 +128,7 @@ def exchanged_bytes(
     if place is None:
         return ExchangedBytes(0.0, 0.0)
     held = held_elements(plan, rank)
+    alone = _alone_elements(plan, rank)
     holders = len(plan.ranks_of(plan.parts_of(rank)[:1], place.pipeline))
     sums = PACKED_BYTES if exact and packing else _gradient_bytes(precision, exact)
     sizes = {kept: len(shard_group(plan, rank, kept).ranks) for kept in KEPT_KINDS}
@@ -146,7 +147,8 @@ def exchanged_bytes(
         owners of split matrices, which any rank of the stage may be."""
         groups = max(1, holders // sizes[kept])
         owner_of_split = holders / owning / groups  # how often it keeps a block that it owns
-        return ((held - split) * (groups - 1) / groups + split * (1 - owner_of_split)) / sizes[kept]
+        copied = (held - alone - split) * (groups - 1) / groups
+        return (copied + split * (1 - owner_of_split)) / sizes[kept]
 
     def within(kept: KeptKind, elements: int) -> float:
         return elements * (sizes[kept] - 1) / sizes[kept]
@@ -244,6 +246,20 @@ def held_elements(plan: Plan, rank: int) -> int:
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
+
+
+def _alone_elements(plan: Plan, rank: int) -> float:
+    """The part of a rank's parameters that no other rank has: of experts with fewer copies than
+    there are replicas."""
+    if not plan.spreads_experts:
+        return 0.0
+    found = 0.0
+    for layer in (layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)):
+        hosts = plan.hosts(layer)
+        for *_, spec in plan.rows_of(rank, layer):
+            if spec.expert is not None:
+                found += spec.elements / len(hosts[spec.expert])
+    return found
 
 
 def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:

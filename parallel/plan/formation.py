@@ -30,6 +30,8 @@ class Roster:
     node_of: Mapping[int, str]
     fresh: frozenset[int] = field(default=frozenset())
     """The ranks among them that hold no state yet."""
+    loads: tuple[tuple[int, ...], ...] = ()
+    """By layer, the choices of each expert in the last steps; empty: not known."""
     has_room: Callable[[Plan, int], bool] | None = None
     """Whether a rank's memory suffices for its part in a plan; None: it does. Asked only of ranks
     that get more than a rank of the configured mesh has."""

@@ -208,7 +208,7 @@ def split_micro_batches(
     """
     counts = micro_batch_counts(count, sizes)
     if order == "dealt":
-        return _dealt(counts)
+        return dealt(counts)
     runs, start = [], 0
     for replica, own in enumerate(counts):
         numbers = list(range(start, start + own))
@@ -217,7 +217,22 @@ def split_micro_batches(
     return tuple(runs)
 
 
-def _dealt(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def entering_order(rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]:
+    """The micro-batches of all replicas, each one's as fast as it takes them. Pure.
+
+    Args:
+        rows: the micro-batches of each replica.
+        sizes: the number of ranks of each replica.
+    """
+    places = (
+        ((place + 1) / sizes[row], row, number)
+        for row, numbers in enumerate(rows)
+        for place, number in enumerate(numbers)
+    )
+    return [number for _, _, number in sorted(places)]
+
+
+def dealt(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Numbers dealt to replicas in turn: each next one to the replica that is due it first."""
     heap = [(Fraction(1, own), replica) for replica, own in enumerate(counts) if own]
     heapq.heapify(heap)

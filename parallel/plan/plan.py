@@ -19,8 +19,10 @@ from holdfast.parallel.layout import (
     Mesh,
     ParameterSpec,
     StageReplicas,
+    expert_count,
     held_rows,
 )
+from holdfast.parallel.plan.expert_hosts import Hosts, first_hosts, stage_teams
 from holdfast.parallel.plan.ownership import (
     Block,
     BlockKey,
@@ -41,7 +43,8 @@ Shard = Literal["optimizer", "gradients", "parameters"]
 parameters as well."""
 
 _PLACES = frozenset({"stage_replicas", "configured_mesh"})
-_HOLDING = _PLACES | {"layers", "block_elements", "placement", "chunk_layers"}
+_EXPERTS = frozenset({"expert_ranks", "expert_copies", "given_hosts"})
+_HOLDING = _PLACES | _EXPERTS | {"layers", "block_elements", "placement", "chunk_layers"}
 _SHARING = _PLACES | {"shard", "shard_group"}
 _PROGRAM = frozenset({"schedule", "virtual", "stretches", "stage_replicas"})
 DERIVED_FROM: Mapping[str, frozenset[str]] = {
@@ -50,6 +53,11 @@ DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "even owners": _HOLDING,
     "owned blocks": _HOLDING | {"given_owners"},
     "holders": _PLACES,
+    "teams": frozenset({"stage_replicas", "expert_ranks"}),
+    "first hosts": frozenset({"stage_replicas", "expert_ranks", "expert_copies"}),
+    "experts of layers": frozenset({"layers"}),
+    "experts of ranks": _EXPERTS | {"stage_replicas", "layers", "placement", "chunk_layers"},
+    "waves of teams": frozenset({"stage_replicas", "micro_batches", "assignment"}),
     "contributors": frozenset({"layers"}),
     "blocks of segments": frozenset({"layers", "block_elements"}),
     "tied layers": frozenset({"layers"}),
@@ -105,6 +113,19 @@ class Plan:
     shard: Shard = "optimizer"
     shard_group: int = 0
     """The ranks over which `shard` is done, at least; 0: all replicas of a stage."""
+    expert_ranks: int = 1
+    """The ranks over which the experts of a layer are spread: more than the tensor degree, or as
+    many as tensor ranks, which have those of their parts."""
+    expert_copies: int = 1
+    """The copies of each expert on so many ranks, at first."""
+    expert_slots: int = 0
+    """The experts of a layer that a rank has at most, where copies follow the loads; 0: they do
+    not."""
+    given_hosts: tuple[Hosts, ...] | None = None
+    """By layer, the ranks of each expert if they follow from the plan before; None: the first
+    placement. See expert_hosts.py."""
+    coming_hosts: tuple[Hosts, ...] | None = None
+    """The placement of the next plan, where state is incoming for it."""
     assignment: MicroBatchAssignment | None = None
     """The micro-batches of each stage replica if stages differ; None: each replica computes its
     own."""
@@ -279,7 +300,8 @@ class Plan:
         """By axis inside a stage replica, the ranks that differ from one along that axis only.
 
         With several axes, "shards" has all ranks of the stage replica. Optional axes are left out
-        if they have a single rank in the configured mesh.
+        if they have a single rank in the configured mesh. Where experts are spread over more than
+        tensor ranks, "experts" has the ranks of the team.
         """
         mesh, replica = self.mesh_of(rank), self.stage_replicas.stage_replica(rank)
         shard = self.stage_replicas.shard_index(rank)
@@ -289,6 +311,8 @@ class Plan:
             else replica
             for axis in self.configured_mesh.axes_inside
         }
+        if self.spreads_experts:
+            groups["experts"] = self.team_ranks(rank)
         return groups if len(groups) == 1 else {**groups, "shards": replica}
 
     def chunk_of_layer(self, layer: int) -> int:
@@ -302,7 +326,71 @@ class Plan:
 
     def rows_of(self, rank: int, layer: int) -> list[HeldRow]:
         """The rows of a layer's tables that a rank holds, by part."""
-        return held_rows(self.layers[layer], layer, self.parts_of(rank))
+        experts = self.experts_of(rank, layer) if self.spreads_experts else None
+        return held_rows(self.layers[layer], layer, self.parts_of(rank), experts)
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether experts have a placement of their own, not that of the parts of tensor ranks."""
+        return self.expert_ranks > self.configured_mesh.tensor
+
+    def teams(self, stage: int) -> tuple[range, ...]:
+        """The replicas of each team of a stage."""
+        return self.derived(
+            "teams",
+            stage,
+            lambda: stage_teams(self.stage_replicas.sizes(stage), self.expert_ranks),
+        )
+
+    def team_of(self, stage: int, replica: int) -> range:
+        """The replicas of the team of one."""
+        return next(team for team in self.teams(stage) if replica in team)
+
+    def team_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks of a rank's team, by replica; a spare is alone."""
+        at = self.stage_replicas.find(rank)
+        if at is None:
+            return (rank,)
+        replicas = self.stage_replicas.stages[at.pipeline]
+        team = self.team_of(at.pipeline, at.data)
+        return tuple(member for replica in team for member in replicas[replica])
+
+    def hosts(self, layer: int) -> Hosts:
+        """By expert of a layer, the ranks that have it, team after team."""
+        if self.given_hosts is not None:
+            return self.given_hosts[layer]
+        experts = self.derived("experts of layers", layer, lambda: expert_count(self.layers[layer]))
+        stage = self.stage_of_layer(layer)
+
+        def first() -> Hosts:
+            replicas = self.stage_replicas.stages[stage]
+            of_teams = [
+                first_hosts(
+                    [rank for replica in team for rank in replicas[replica]],
+                    experts,
+                    self.expert_ranks,
+                    self.expert_copies,
+                )
+                for team in self.teams(stage)
+            ]
+            return tuple(
+                tuple(rank for ranks in of_expert for rank in ranks)
+                for of_expert in zip(*of_teams, strict=True)
+            )
+
+        return self.derived("first hosts", (stage, experts), first)
+
+    def experts_of(self, rank: int, layer: int) -> tuple[int, ...]:
+        """The experts of a layer that a rank has, where they are spread."""
+
+        def find() -> dict[int, tuple[int, ...]]:
+            found: dict[int, list[int]] = {}
+            for expert, ranks in enumerate(self.hosts(layer)):
+                for host in ranks:
+                    found.setdefault(host, []).append(expert)
+            return {host: tuple(experts) for host, experts in found.items()}
+
+        return self.derived("experts of ranks", layer, find).get(rank, ())
 
     def ranks_of(self, parts: tuple[int, ...], stage: int) -> tuple[int, ...]:
         """The ranks of a stage that hold one of some parts of its parameters, by replica."""
@@ -319,8 +407,11 @@ class Plan:
 
     def is_guest(self, key: BlockKey) -> bool:
         """Whether the owner of a block does not hold its parameters, but other parts of them."""
-        held = self.parts_of(self.owner(key))
-        return set(self.spec_of(self.block(key)).copies).isdisjoint(held)
+        block, owner = self.block(key), self.owner(key)
+        spec = self.spec_of(block)
+        if spec.expert is not None and self.spreads_experts:
+            return owner not in self.holders(block)
+        return set(spec.copies).isdisjoint(self.parts_of(owner))
 
     def stage_of_layer(self, layer: int) -> int:
         """The pipeline index of the stage that has a layer."""
@@ -332,8 +423,11 @@ class Plan:
         Args:
             layer: the layer of the use; None: the first one.
         """
+        spec = self.spec_of(block)
+        if spec.expert is not None and self.spreads_experts:
+            return self.hosts(block.layer)[spec.expert]
         stage = self.stage_of_layer(block.layer if layer is None else layer)
-        return self.ranks_of(self.spec_of(block).copies, stage)
+        return self.ranks_of(spec.copies, stage)
 
     def contributors(self, block: Block, layer: int | None = None) -> tuple[int, ...]:
         """The ranks whose sums of a block's gradients are added, at one use.
@@ -341,6 +435,8 @@ class Plan:
         Where each copy sees all of the gradient, these are the holders of the first copy.
         """
         spec = self.spec_of(block)
+        if spec.expert is not None and self.spreads_experts:
+            return self.hosts(block.layer)[spec.expert]
         stage = self.stage_of_layer(block.layer if layer is None else layer)
         return self.ranks_of(spec.summed or spec.copies[:1], stage)
 

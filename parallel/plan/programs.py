@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from holdfast.parallel.layout import Coordinates, boundary_routes
+from holdfast.parallel.plan.initial import entering_order
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.rerouting import (
     SCHEDULED_PAIRS,
@@ -19,6 +20,7 @@ from holdfast.parallel.plan.rerouting import (
     scheduled_programs,
     stage_caps,
 )
+from holdfast.parallel.plan.team_programs import Waves, team_program, waves_of
 from holdfast.parallel.schedules import (
     SENDS,
     Op,
@@ -54,9 +56,25 @@ def own_program(plan: Plan, rank: int) -> Program:
     micro-batches these are: a replica's own may be numbered from 0.
     """
     at = plan.stage_replicas.find(rank)
-    if at is None or not plan.is_regular:
+    if at is None or not plan.is_regular or plan.spreads_experts:
         return compute_program(plan, rank)
-    return _regular_program(plan, "train", compute_programs, at, len(plan.micro_batches[at.data]))
+    return _regular_program(plan, "train", compute_programs, at)
+
+
+def team_micro_batches(plan: Plan, rank: int, only: frozenset[int] | None = None) -> int | None:
+    """The micro-batches of a step that a rank's experts work for; None: the rank's own. Pure.
+
+    Args:
+        only: as of `training_program`.
+    """
+    at = plan.stage_replicas.find(rank)
+    if at is None or not plan.spreads_experts:
+        return None
+    return sum(
+        only is None or number in only
+        for replica in plan.team_of(at.pipeline, at.data)
+        for number in plan.micro_batches_of(at.pipeline, replica)
+    )
 
 
 def evaluation_program(plan: Plan, rank: int) -> Program:
@@ -74,11 +92,11 @@ def _compute_program(
     at = plan.stage_replicas.find(rank)
     if at is None:
         return ()
-    if plan.is_regular:
+    if plan.spreads_experts:
+        return _in_team(plan, kind, at, only, generate)
+    if plan.is_regular and only is None:
         numbers = plan.micro_batches[at.data]
-        if only is not None:
-            numbers = tuple(number for number in numbers if number in only)
-        local = _regular_program(plan, kind, generate, at, len(numbers))
+        local = _regular_program(plan, kind, generate, at)
         return tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local)
     return _rerouted(plan, kind, at, only, generate)
 
@@ -120,12 +138,9 @@ def message_units(plan: Plan, rank: int, peer: int, *, sends: bool) -> tuple[int
     return routes[shard_of(receiver)].get(shard_of(sender), ())
 
 
-def _regular_program(
-    plan: Plan, kind: str, generate: _Generator, at: Coordinates, micro_batches: int
-) -> Program:
+def _regular_program(plan: Plan, kind: str, generate: _Generator, at: Coordinates) -> Program:
     """The program at a place of a regular plan, with its replica's micro-batches from 0 on."""
-    if not micro_batches:
-        return ()
+    micro_batches = len(plan.micro_batches[at.data])
     programs = plan.derived(
         "regular programs",
         (kind, micro_batches),
@@ -195,6 +210,32 @@ def _rerouted(
     return merged_program(wanted, places, timeline, at.pipeline)
 
 
+def _in_team(
+    plan: Plan,
+    kind: str,
+    at: Coordinates,
+    only: frozenset[int] | None,
+    generate: _Generator,
+) -> Program:
+    """The compute actions of a stage replica whose team computes at the same time."""
+    pipeline = plan.stage_replicas.pipeline
+
+    def find() -> Waves:
+        rows = [[m for m in row if only is None or m in only] for row in plan.micro_batches]
+        sizes = [plan.stage_replicas.sizes(stage) for stage in range(pipeline)]
+        order = entering_order(rows, plan.stage_replicas.widest_sizes)
+        return waves_of(order, _computing_replicas(plan), sizes)
+
+    waves: Waves = plan.derived("waves of teams", only, find)
+    count = max(len(waves), *map(len, plan.micro_batches))
+    programs = plan.derived(
+        "regular programs",
+        (kind, count),
+        lambda: generate(plan.schedule, pipeline, plan.virtual, count, plan.stretches),
+    )
+    return team_program(plan, at, waves, programs, _computing_replicas(plan)[at.pipeline])
+
+
 def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int, Program]:
     """The list-scheduled compute actions of all stage replicas, by stage x widest + replica."""
     replicas, widest = _computing_replicas(plan), plan.stage_replicas.widest
@@ -211,7 +252,7 @@ def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int,
     return scheduled_programs(
         plan.placement,
         number_of,
-        _entering(plan, by_replica),
+        entering_order(by_replica, plan.stage_replicas.widest_sizes),
         [
             sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
             for chunk in range(len(plan.placement))
@@ -219,17 +260,6 @@ def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int,
         slowness,
         {number: caps[number // widest] for number in slowness},
     )
-
-
-def _entering(plan: Plan, by_replica: Sequence[Sequence[int]]) -> list[int]:
-    """The micro-batches of all rows, each row's as fast as its replica takes them."""
-    sizes = plan.stage_replicas.widest_sizes
-    places = (
-        ((place + 1) / sizes[row], row, number)
-        for row, numbers in enumerate(by_replica)
-        for place, number in enumerate(numbers)
-    )
-    return [number for _, _, number in sorted(places)]
 
 
 def _caps(plan: Plan) -> tuple[int, ...]:

@@ -16,13 +16,26 @@ from math import inf
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import StageReplicas
+from holdfast.parallel.plan.expert_hosts import (
+    Hosts,
+    copies_by_load,
+    next_hosts,
+    unevenness,
+)
 from holdfast.parallel.plan.formation import Roster, next_stage_replicas, replica_sizes
-from holdfast.parallel.plan.initial import micro_batch_counts, split_micro_batches
+from holdfast.parallel.plan.initial import (
+    dealt,
+    entering_order,
+    micro_batch_counts,
+    split_micro_batches,
+)
 from holdfast.parallel.plan.ownership import Together, assign_owners, by_block
 from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
 from holdfast.parallel.schedules import placement
 
+_UNEVEN = 1.2
+"""Experts get other copies if the rank of a team with most work has so many times the mean."""
 _WORTH = 0.05
 """Layers move if the slowest stage becomes faster by more than this share of its time."""
 
@@ -79,7 +92,10 @@ def _planned(
         placed = placement(plan.schedule, stage_replicas.pipeline, plan.virtual)
         chunk_layers = _even_chunks(plan, placed, stage_replicas)
     by_replica, assignment = divide_micro_batches(
-        stage_replicas, sum(map(len, plan.micro_batches)), plan.micro_batch_order
+        stage_replicas,
+        sum(map(len, plan.micro_batches)),
+        plan.micro_batch_order,
+        together=plan.spreads_experts,
     )
     changed = plan.evolved(
         generation=generation,
@@ -88,11 +104,89 @@ def _planned(
         chunk_layers=chunk_layers,
         micro_batches=by_replica,
         assignment=assignment,
+        given_hosts=None,
         given_owners=None,
         shadows=(),
         incoming=(),
     )
+    if plan.spreads_experts:
+        hosts = _hosts(plan, changed, roster.loads, levels=move_layers)
+        changed = changed.evolved(given_hosts=hosts, coming_hosts=None)
     return changed.evolved(given_owners=_owners(plan, changed, roster))
+
+
+def _hosts(
+    before: Plan, after: Plan, loads: Sequence[Sequence[int]], *, levels: bool
+) -> tuple[Hosts, ...]:
+    """The placement of experts: they stay where they are, as far as they can.
+
+    Args:
+        loads: as of `Roster`.
+        levels: whether experts may leave a rank that stays.
+    """
+    known: dict[tuple[int, Hosts, tuple[int, ...]], Hosts] = {}
+    found = []
+    coming = before.coming_hosts if levels else None
+    for layer in range(len(after.layers)):
+        stage = after.stage_of_layer(layer)
+        hosts = before.hosts(layer) if coming is None else coming[layer]
+        of_layer = tuple(loads[layer][: len(hosts)]) if loads and coming is None else ()
+        key = stage, hosts, of_layer
+        if key not in known:
+            replicas = after.stage_replicas.stages[stage]
+            of_teams = [
+                _hosts_of_team(after, hosts, [r for k in team for r in replicas[k]], of_layer)
+                if levels and hosts
+                else next_hosts(hosts, [r for k in team for r in replicas[k]], levels=False)
+                for team in after.teams(stage)
+            ]
+            known[key] = tuple(
+                tuple(rank for ranks in of_expert for rank in ranks)
+                for of_expert in zip(*of_teams, strict=True)
+            )
+        found.append(known[key])
+    return tuple(found)
+
+
+def _hosts_of_team(plan: Plan, before: Hosts, team: Sequence[int], loads: tuple[int, ...]) -> Hosts:
+    """The placement in a team between steps, where experts may move.
+
+    Args:
+        loads: of each expert of the layer; empty: not known, or a placement for them is coming.
+    """
+    if plan.expert_slots and sum(loads):
+        here = next_hosts(before, team, levels=False)
+        if unevenness(here, team, loads) <= _UNEVEN:
+            return here
+        slots = max(plan.expert_slots, -(-len(before) // len(team)))
+        copies = copies_by_load(loads, len(team), slots)
+        return next_hosts(before, team, levels=True, copies=copies, slots=slots, loads=loads)
+    if plan.expert_copies > 1 and not plan.expert_slots:
+        wanted = max(1, min(len(team), plan.expert_copies * len(team) // plan.expert_ranks))
+        members = set(team)
+        if any(len(members.intersection(ranks)) != wanted for ranks in before):
+            slots = -(-len(before) * wanted // len(team))
+            return next_hosts(before, team, levels=True, copies=[wanted] * len(before), slots=slots)
+    return next_hosts(before, team, levels=not plan.expert_slots)
+
+
+def would_move_experts(plan: Plan, loads: Sequence[Sequence[int]]) -> bool:
+    """Whether other copies of experts are worth it. Pure.
+
+    Args:
+        loads: as of `Roster`.
+    """
+    if not (plan.expert_slots and loads and plan.spreads_experts) or plan.incoming:
+        return False
+    worst = better = 1.0
+    following = _hosts(plan, plan, loads, levels=True)
+    for layer, hosts in enumerate(following):
+        replicas = plan.stage_replicas.stages[plan.stage_of_layer(layer)]
+        for team in plan.teams(plan.stage_of_layer(layer)) if hosts else ():
+            ranks = [rank for replica in team for rank in replicas[replica]]
+            worst = max(worst, unevenness(plan.hosts(layer), ranks, loads[layer][: len(hosts)]))
+            better = max(better, unevenness(hosts, ranks, loads[layer][: len(hosts)]))
+    return worst > _UNEVEN and better < (1 - _WORTH) * worst
 
 
 def would_move_layers(plan: Plan) -> bool:
@@ -127,7 +221,7 @@ def with_shadows(
 
 
 def divide_micro_batches(
-    stage_replicas: StageReplicas, count: int, order: str
+    stage_replicas: StageReplicas, count: int, order: str, *, together: bool = False
 ) -> tuple[tuple[tuple[int, ...], ...], MicroBatchAssignment | None]:
     """The micro-batches of the replicas of the widest stage, and those of every stage. Pure.
 
@@ -136,12 +230,20 @@ def divide_micro_batches(
     Args:
         count: the micro-batches of a step.
         order: a name in `MICRO_BATCH_ORDERS`.
+        together: whether replicas of a stage compute at the same time, so that of any consecutive
+            micro-batches each has about its share.
     """
     sizes = [stage_replicas.sizes(stage) for stage in range(stage_replicas.pipeline)]
     widest = stage_replicas.widest_sizes
     rows = split_micro_batches(count, widest, order)
     if all(found == widest for found in sizes):
         return rows, None
+    if together:
+        entering = entering_order(rows, widest)
+        return rows, tuple(
+            tuple(tuple(entering[place] for place in places) for places in dealt(counts))
+            for counts in (micro_batch_counts(count, found) for found in sizes)
+        )
     return rows, tuple(_assign_in_stage(found, rows) for found in sizes)
 
 
@@ -285,14 +387,15 @@ def _shares(plan: Plan) -> dict[int, float]:
 
 
 def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
-    """The stages with changed replicas or layers, or with a rank without state."""
+    """The stages with changed replicas, layers or hosts, or with a rank without state."""
     pipeline = after.stage_replicas.pipeline
     if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
         return set(range(pipeline))
     return {
         stage
         for stage in range(pipeline)
-        if before.stage_replicas.stages[stage] != after.stage_replicas.stages[stage]
+        if before.spreads_experts
+        or before.stage_replicas.stages[stage] != after.stage_replicas.stages[stage]
         or any(
             not roster.fresh.isdisjoint(replica) for replica in after.stage_replicas.stages[stage]
         )

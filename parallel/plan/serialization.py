@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import StageReplicas
+from holdfast.parallel.plan.expert_hosts import Hosts, stage_teams
 from holdfast.parallel.plan.formation import replica_sizes
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import divide_micro_batches
@@ -29,6 +30,12 @@ class _PlanData(msgspec.Struct, frozen=True):
     spares: _Ranks
     placement: tuple[Count, ...]
     chunk_layers: tuple[tuple[Count, Count], ...]
+    placements: tuple[tuple[_Ranks, ...], ...]
+    """The different placements of experts."""
+    hosts: tuple[Count, ...]
+    """By layer, the number of its placement; empty: all have the first ones."""
+    coming_hosts: tuple[Count, ...]
+    """By layer, the number of the placement that is coming; empty: none is."""
     owners: tuple[list[tuple[_Rank, Count]], ...]
     shadows: tuple[list[tuple[_Ranks, Count]], ...]
     arriving: tuple[list[tuple[_Ranks, Count]], ...]
@@ -63,16 +70,50 @@ class _PlanData(msgspec.Struct, frozen=True):
             holding.update(rank for following, _ in runs for rank in following)
         if not holding <= set(ranks):
             raise ValueError("a rank without a place holds state")
+        for hosts in (self.hosts, self.coming_hosts):
+            self._check_experts(first, hosts, set(ranks))
+        if self.hosts:
+            self._check_teams(first)
+
+    def _check_experts(self, first: Plan, of_layers: tuple[int, ...], ranks: set[int]) -> None:
+        if of_layers and not (first.spreads_experts and len(of_layers) == len(first.layers)):
+            raise ValueError("experts are placed that have no place of their own")
+        if max(of_layers, default=-1) >= len(self.placements):
+            raise ValueError("a layer's experts have no place")
+        for layer, number in enumerate(of_layers):
+            hosts = self.placements[number]
+            if len(hosts) != len(first.hosts(layer)):
+                raise ValueError("a layer has another number of experts")
+            if not all(hosts) or not ranks.issuperset(rank for own in hosts for rank in own):
+                raise ValueError("an expert has no rank, or one without a place")
+
+    def _check_teams(self, first: Plan) -> None:
+        edges = enumerate(self.chunk_layers)
+        stages = [self.placement[chunk] for chunk, (a, b) in edges for _ in range(a, b)]
+        for number, stage in zip(self.hosts, stages, strict=True):
+            hosts, replicas = self.placements[number], self.stages[stage]
+            for team in stage_teams(tuple(map(len, replicas)), first.expert_ranks):
+                members = {rank for replica in team for rank in replicas[replica]}
+                if any(members.isdisjoint(ranks) for ranks in hosts):
+                    raise ValueError("an expert has no rank in a team")
+            if not {rank for ranks in hosts for rank in ranks} <= {
+                rank for replica in replicas for rank in replica
+            }:
+                raise ValueError("an expert is on a rank of another stage")
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
     """The values by which a plan differs from the first plan of its configuration."""
+    placements = list(dict.fromkeys((*(plan.given_hosts or ()), *(plan.coming_hosts or ()))))
     return {
         "generation": plan.generation,
         "stages": plan.stage_replicas.stages,
         "spares": plan.stage_replicas.spares,
         "placement": plan.placement,
         "chunk_layers": plan.chunk_layers,
+        "placements": placements,
+        "hosts": [placements.index(found) for found in plan.given_hosts or ()],
+        "coming_hosts": [placements.index(found) for found in plan.coming_hosts or ()],
         "owners": [_runs(owners) for owners in plan.owners],
         "shadows": [_runs(shadows) for shadows in plan.shadows],
         "arriving": [_runs(ranks) for ranks in plan.incoming],
@@ -99,7 +140,10 @@ def _plan_of(first: Plan, data: _PlanData) -> Plan:
     stage_replicas = StageReplicas(data.stages, data.spares)
     blocks = [len(of_shard) for of_shard in first.blocks]
     rows, assignment = divide_micro_batches(
-        stage_replicas, sum(map(len, first.micro_batches)), first.micro_batch_order
+        stage_replicas,
+        sum(map(len, first.micro_batches)),
+        first.micro_batch_order,
+        together=first.spreads_experts,
     )
     return first.evolved(
         generation=data.generation,
@@ -108,10 +152,16 @@ def _plan_of(first: Plan, data: _PlanData) -> Plan:
         chunk_layers=data.chunk_layers,
         micro_batches=rows,
         assignment=assignment,
+        given_hosts=_of_layers(data.placements, data.hosts),
+        coming_hosts=_of_layers(data.placements, data.coming_hosts),
         given_owners=_by_block(data.owners, blocks),
         shadows=_by_block(data.shadows, blocks) if data.shadows else (),
         incoming=_by_block(data.arriving, blocks) if data.arriving else (),
     )
+
+
+def _of_layers(placements: Sequence[Hosts], numbers: Sequence[int]) -> tuple[Hosts, ...] | None:
+    return tuple(placements[number] for number in numbers) or None
 
 
 def _by_block(

@@ -50,7 +50,7 @@ def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -
     """One rank's program with its messages, as `with_messages` places them. Pure.
 
     Args:
-        program: the rank's compute actions.
+        program: the rank's compute actions; those with a negative micro-batch have no messages.
         peers_of: the ranks that it exchanges a message with; see `PeersOf`.
         chunks: the number of chunks of the whole model.
     """
@@ -65,7 +65,7 @@ def program_with_messages(program: Program, peers_of: PeersOf, *, chunks: int) -
     complete: list[Action] = []
     for action in program:
         chunk, op = action.chunk, action.op
-        if op is Op.BACKWARD_WEIGHT:
+        if op is Op.BACKWARD_WEIGHT or action.micro_batch < 0:
             complete.append(action)
             continue
         comes, goes, onward = _FORWARD if op is Op.FORWARD else _BACKWARD

@@ -178,7 +178,7 @@ def train_and_list_samples(
 
     def noted(self: MicroBatches, passage: Passage) -> Any:
         if self.training:
-            size, batch = self._train.micro_batch, self._train.global_batch
+            size, batch = self._config.train.micro_batch, self._config.train.global_batch
             first = self.step * batch + passage.micro_batch * size
             seen.update(range(first, first + size))
         return context(self, passage)

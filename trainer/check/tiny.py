@@ -41,6 +41,8 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     exchange = context_exchange(config) if parallel.context > 1 else parallel.context_exchange
     divisor = parts * parallel.context if exchange == "heads" else parts
     tiny = family_of(model.family).tiny(model, parts, sum(layers), divisor)
+    if 0 < (count := getattr(tiny, "experts", 0)) < parallel.expert:  # each of its ranks has one
+        tiny = msgspec.structs.replace(tiny, experts=-(-parallel.expert // count) * count)
     unit = lcm(parts, config.numerics.tensor_strips) * train.context_chunks
     seq_len = -(-max(8, 4 * parts) // unit) * unit
     if train.context_chunks > 1:  # exact mode has slices of whole vectors

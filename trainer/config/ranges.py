@@ -117,13 +117,15 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "tensor_shards": Range(1, 2**10),
         "tensor_strips": Range(1, 2**16),
     },
-    "parallel": {axis: Range(1, 2**20) for axis in AXES}
+    "parallel": {axis: Range(1, 2**20) for axis in (*AXES, "expert")}
     | {
         "strips_per_message": Range(1, 2**16),
         "virtual": Range(1, 4096),
         "stretches": Range(1, 2**16),
         "bucket_elements": Range(1, 2**40),
         "shard_group": Range(0, 2**20),
+        "expert_replicas": Range(1, 2**20),
+        "expert_slots": Range(0, 2**20),
     },
     "checkpoint": {
         "every": _STEPS,
@@ -162,6 +164,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
         "rank_memory_gib": _GIB,
         "straggler_every": _STEPS,
+        "expert_steps": Range(1, _COUNT),
         "straggler_factor": Range(1, 1e6, is_open=True),
     },
     "log": {"every": Range(1, _COUNT), "norms_every": _STEPS},

@@ -9,7 +9,6 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, shown
-from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import SCHEDULES, check_stretches, placement
 from holdfast.trainer.config.choices import choice_problem, registries
@@ -65,7 +64,8 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _offload,
         _recompute,
         _exchange,
-        _not_in_this_version,
+        _packages,
+        _experts,
     )
     problems = [problem for rule in rules for problem in rule(config)]
     if not problems:
@@ -215,6 +215,12 @@ def _batch(config: RunConfig) -> Iterator[str]:
         yield (
             f"a step has {train.global_batch // train.micro_batch} micro-batches, fewer than "
             f"parallel.data = {data} replicas; lower parallel.data or raise train.global_batch"
+        )
+    shard = config.parallel.shard
+    if train.batch_ramp and shard != "optimizer":
+        yield (
+            f"train.batch_ramp with parallel.shard = {shard!r}: shared gradients and parameters "
+            "travel by whole steps; use parallel.shard = 'optimizer', or leave the ramp out"
         )
     yield from ramp_problems(train, max(1, data))
     if train.seq_len > config.model.max_seq_len:
@@ -437,12 +443,65 @@ def _recompute(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _not_in_this_version(config: RunConfig) -> Iterator[str]:
+def _experts(config: RunConfig) -> Iterator[str]:
+    """Where experts are spread over more than the tensor ranks of each replica."""
+    parallel, family = config.parallel, family_of(config.model.family)
+    ranks, experts = parallel.expert, family.experts(config.model)
+    replicas = parallel.expert_replicas
+    if replicas == "auto" and not config.elastic.enabled:
+        yield (
+            "parallel.expert_replicas = 'auto' without elastic.enabled: only an elastic run moves "
+            "experts; give a number, or set elastic.enabled = true"
+        )
+    if replicas != "auto" and parallel.expert_slots:
+        yield (
+            f"parallel.expert_slots = {parallel.expert_slots} without parallel.expert_replicas = "
+            "'auto'; set it to 0"
+        )
+    if (replicas == "auto" or replicas > 1) and ranks <= parallel.tensor:
+        yield (
+            f"parallel.expert_replicas = {replicas!r} with parallel.expert = {ranks}: copies lie "
+            f"on other ranks; make parallel.expert more than parallel.tensor = {parallel.tensor}"
+        )
+    elif replicas != "auto" and replicas > ranks:
+        yield (
+            f"parallel.expert_replicas = {replicas} exceeds parallel.expert = {ranks}: no rank has "
+            "two copies; lower it"
+        )
+    if 0 < parallel.expert_slots * ranks < experts:
+        yield (
+            f"parallel.expert_slots = {parallel.expert_slots} on {ranks} ranks (parallel.expert) "
+            f"are fewer than model.experts = {experts}; raise it"
+        )
+    if ranks <= 1 or min(parallel.tensor, parallel.context, parallel.data) < 1:
+        return
+    said = f"parallel.expert = {ranks}"
+    if not experts:
+        yield f"{said}: model.family = {config.model.family!r} has no experts; set it to 1"
+        return
+    if ranks > experts:
+        yield f"{said} exceeds model.experts = {experts}; lower it"
+    replica = parallel.tensor * parallel.context
+    if ranks % parallel.tensor:
+        yield (
+            f"{said} is no multiple of parallel.tensor = {parallel.tensor}, whose ranks have "
+            "experts each; change one of them"
+        )
+    elif replica * parallel.data % lcm(replica, ranks):
+        yield (
+            f"{said}: the {replica * parallel.data} ranks of a stage (tensor x context x data) "
+            f"cannot be divided into whole replicas of {replica} that have the experts together; "
+            f"make parallel.data a multiple of {lcm(replica, ranks) // replica}"
+        )
+    if ranks > parallel.tensor and parallel.shard != "optimizer":
+        yield (
+            f"{said} with parallel.shard = {parallel.shard!r}: experts are spread already; set it "
+            "to 'optimizer'"
+        )
+
+
+def _packages(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    for name, axis in AXES.items():
-        size = getattr(parallel, name)
-        if size > 1 and not axis.is_available:
-            yield f"parallel.{name} = {size}: not available in this version; set it to 1"
     if parallel.backend == "mpi" and importlib.util.find_spec("mpi4py") is None:
         yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
     if parallel.backend == "mpi" and config.train.device == "cuda":

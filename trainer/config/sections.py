@@ -172,6 +172,13 @@ class ParallelConfig(Section, frozen=True):
     data: int = 1
     context: int = 1
     expert: int = 1
+    """The ranks of a stage over which the experts of a layer are spread."""
+    expert_replicas: int | Literal["auto"] = 1
+    """The copies of each expert on these ranks; "auto": as their loads ask for, in an elastic run.
+    Results do not depend on it."""
+    expert_slots: int = 0
+    """With expert_replicas = "auto": the experts of a layer that a rank has at most; 0: twice as
+    many as with one copy of each."""
     context_exchange: Literal["auto", "heads", "keys", "ring"] = "auto"
     """With context > 1: slices travel for heads ("heads"), or keys and values do, all at once
     ("keys") or those of one rank at a time ("ring": fast mode only); "auto": heads where their
@@ -327,6 +334,9 @@ class ElasticConfig(Section, frozen=True):
     rank_memory_gib: float = 0.0
     """The memory that a rank of a smaller stage replica may use; 0: its GPU's, or an equal share of
     its machine's."""
+    expert_steps: int = 20
+    """With parallel.expert_replicas = "auto": the steps in a row whose loads ask for other copies
+    of experts, before these move."""
     straggler_every: int = 10
     """Steps between two comparisons of all ranks' own times; 0: never."""
     straggler_factor: float = 2.0

@@ -15,7 +15,7 @@ from torch.distributed import DistError
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
 from holdfast.parallel.errors import ConfigError, Diverged, NotSaved, PeerLost, Stopped
 from holdfast.parallel.output import DiskWord
-from holdfast.parallel.plan import would_move_layers
+from holdfast.parallel.plan import would_move_experts, would_move_layers
 from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
@@ -112,6 +112,8 @@ class ElasticLoop:
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
         """The step from which on a change without joining ranks is wanted; see `tidy_step`."""
+        self._uneven_steps = 0
+        """The last steps in a row after which other copies of experts were worth it."""
 
     def run(self) -> None:
         """Train. Collective over all workers.
@@ -131,6 +133,7 @@ class ElasticLoop:
                     return
                 wanted, mine = self._wishes(training, step)
                 outcome = self._session.step(step, change=wanted, leave=mine)
+                self._watch_experts(training)
                 sound = self._compare_when_due(step + 1)
                 if sound and self._stops(training, step + 1, outcome):
                     return
@@ -169,7 +172,13 @@ class ElasticLoop:
             wanted = tuple(event for event in wanted if event.kind != "joining")
         mine = any(e.kind == "leaving" and e.identity == self._identity for e in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
-        return bool(wanted) or tidy, mine
+        uneven = self._uneven_steps >= self._config.elastic.expert_steps
+        return bool(wanted) or tidy or uneven, mine
+
+    def _watch_experts(self, training: Training) -> None:
+        """Count the steps in a row with loads for which experts should have other copies."""
+        moves = would_move_experts(training.plan, training.progress.recent.loads)
+        self._uneven_steps = self._uneven_steps + 1 if moves else 0
 
     def _await_joining(self, training: Training, ranks: frozenset[int]) -> None:
         """Wait for the ranks that joined at this point of the repeated run."""
@@ -205,6 +214,7 @@ class ElasticLoop:
             if training is None:
                 raise HandedOver("this rank was told to leave, and has handed its state over")
             self._tidy_from = tidy_step(change, training, respawn=self._config.elastic.respawn)
+            self._uneven_steps = 0
             self._session.go_on(change, training)
             sound, interrupted, evaluated = False, False, {}
             try:

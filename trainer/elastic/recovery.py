@@ -369,8 +369,10 @@ class Recovery:
         return self.training.plan
 
     def _recent_steps(self, recovery: RecoveryPlan, store: Store) -> RecentSteps:
-        """What the holders' guard of spikes remembers; the first tells the ranks without state."""
-        if not recovery.holders or not self._config.numerics.spike_window:
+        """What the holders remember of the last steps; the first tells the ranks without state."""
+        follows_loads = self._config.parallel.expert_replicas == "auto"
+        remembers = self._config.numerics.spike_window or follows_loads
+        if not recovery.holders or not remembers:
             return RecentSteps()
         if self.training is None:
             return decode_json(await_word(store, "recent", self._drives.interruption), RecentSteps)

@@ -16,10 +16,13 @@ from holdfast.elastic import Generation
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import BackgroundTransfer, TransferPace, carried_bytes, move_blocks
 from holdfast.parallel.plan import (
+    BlockKey,
     Plan,
+    all_keepers,
     held_blocks,
     incoming_blocks,
     plan_block_transfers,
+    shards,
     state_of,
 )
 from holdfast.trainer.config import RunConfig
@@ -31,6 +34,7 @@ from holdfast.trainer.elastic.worker_status import RecoveryPlan
 from holdfast.trainer.step import (
     StepProgress,
     Training,
+    hosted_experts,
     included_after_change,
     keeps_sums,
     state_format,
@@ -149,7 +153,7 @@ def _take_step(training: Training, transition: Transition, active: Training | No
     training.shadows.restore(recovery.updates)
     if _must_gather(recovery, before, after):
         training.optimizer.round_masters()
-        training.optimizer.gather()
+        training.optimizer.gather(_having(recovery, before, after))
     else:
         # All ranks have all parameters, though an attempt that failed may have begun to gather.
         training.model.arrival.cancel()
@@ -192,8 +196,19 @@ def _must_gather(recovery: RecoveryPlan, plan: Plan, following: Plan) -> bool:
         rank not in recovery.holders
         or plan.stage_replicas.stage_replica(rank) != following.stage_replicas.stage_replica(rank)
         or _layers(plan, rank) != _layers(following, rank)
+        or hosted_experts(plan, rank) != hosted_experts(following, rank)
         for rank in following.stage_replicas.ranks
         if following.stage_replicas.find(rank) is not None
+    )
+
+
+def _having(recovery: RecoveryPlan, plan: Plan, following: Plan) -> Callable[[BlockKey, int], bool]:
+    """Whether a rank has a block's parameters under the next plan, as it had them before. Pure."""
+    if not recovery.complete or shards(plan, "parameters"):
+        return lambda key, holder: False
+    staying = {rank for rank in recovery.holders if _layers(plan, rank) == _layers(following, rank)}
+    return lambda key, holder: (
+        holder in staying and holder in all_keepers(plan, plan.block(key), "parameters")
     )
 
 

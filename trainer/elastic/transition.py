@@ -35,7 +35,7 @@ class Transition:
     state."""
     after: Plan
     recent: RecentSteps = _NONE_RECENT
-    """What the holders' guard of spikes remembers."""
+    """What the holders remember of the last steps."""
 
     @property
     def failure_domains(self) -> Mapping[int, str]:
@@ -67,10 +67,12 @@ def plan_transition(
 
     Args:
         redundancy: the number of shadows of each block.
-        recent: what the holders' guard of spikes remembers.
+        recent: what the holders remember of the last steps.
         has_room: whether a rank's memory suffices for a plan; see `Roster.has_room`.
     """
-    roster = Roster(recovery.staying, generation.failure_domains, recovery.fresh, has_room)
+    roster = Roster(
+        recovery.staying, generation.failure_domains, recovery.fresh, recent.loads, has_room
+    )
     number = generation.number
     # Within a step, layers stay: the sums of moved layers would have to be recomputed.
     move_layers = all(member.phase != WITHIN_STEP for member in generation.members)

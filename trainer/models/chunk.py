@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, assert_never
 
 import torch
@@ -19,6 +19,8 @@ from holdfast.trainer.models.section import ModelConfig
 
 Weights = Literal["drawn", "unset", "none"]
 """The weights of a new chunk; see `build_chunk`."""
+HostedExperts = Mapping[int, Collection[int]] | None
+"""By layer, the experts that a rank has; None: those of its parts."""
 
 
 class ModelChunk(Chunk):
@@ -36,12 +38,22 @@ class ModelChunk(Chunk):
         seed: int,
         compiles: bool,
         context_parallel: ContextParallel | None,
+        experts: HostedExperts,
     ) -> None:
         """The arguments are those of `build_chunk`; `specs` has all layers of the model. Local."""
         super().__init__()
         self._specs, self._layers, self._parts = specs, layers, tp.own_parts
+        self._experts, self._no_tokens = experts, torch.empty(0, model.hidden, dtype=dtype)
         shared = ChunkContext(
-            tp, self.queue, seq_len, dtype, device, seed, compiles, context_parallel
+            tp,
+            self.queue,
+            seq_len,
+            dtype,
+            device,
+            seed,
+            compiles,
+            context_parallel,
+            self._experts_of,
         )
         build = family_of(model.family).modules(model, shared)
         self.layers = nn.ModuleDict(
@@ -79,14 +91,30 @@ class ModelChunk(Chunk):
         (logits,) = head.logits(values[0])  # pyrefly: ignore[not-callable]
         return logits.transpose(0, 1)
 
+    def host(self, root: Tensor, context: MicroBatchContext) -> Tensor:
+        value = root
+        for module in self.layers.values():
+            if (host := getattr(module, "host", None)) is not None:
+                value = host(value, context)
+        return value
+
+    def no_tokens(self) -> Tensor:
+        return self._no_tokens.to(next(self.parameters()).device)
+
     def rows(self) -> list[tuple[HeldRow, nn.Parameter]]:
         return [
             (row, parameter)
             for layer, module in self.modules_by_layer()
-            for row, parameter in _with_parameters(
-                held_rows(self._specs[layer], layer, self._parts), module
-            )
+            for row, parameter in _with_parameters(self._held_rows(layer), module)
         ]
+
+    def _held_rows(self, layer: int) -> list[HeldRow]:
+        experts = None if self._experts is None else self._experts.get(layer, ())
+        return held_rows(self._specs[layer], layer, self._parts, experts)
+
+    def _experts_of(self, layer: int) -> list[int]:
+        numbers = {row.spec.expert for row in self._held_rows(layer)}
+        return sorted(number for number in numbers if number is not None)
 
     def modules_by_layer(self) -> list[tuple[int, nn.Module]]:
         return list(zip(self._layers, self.layers.values(), strict=True))
@@ -128,6 +156,7 @@ def build_chunk(
     weights: Weights = "drawn",
     compiles: bool = False,
     context_parallel: ContextParallel | None = None,
+    experts: HostedExperts = None,
 ) -> ModelChunk:
     """A chunk with its initial weights. Local.
 
@@ -141,10 +170,11 @@ def build_chunk(
             parameters of their shapes without memory, which get one elsewhere.
         compiles: whether the family's regions are compiled.
         context_parallel: the split of sequences; None: sequences have one slice, or all are here.
+        experts: see `HostedExperts`.
     """
     tp = tensor_parallel or TensorParallel(None, False)
     arguments = (model, layers, specs, tp, seq_len, dtype, device, seed, compiles)
-    arguments = (*arguments, context_parallel)
+    arguments = (*arguments, context_parallel, experts)
     if weights == "none":
         with torch.device("meta"):
             chunk = ModelChunk(*arguments)

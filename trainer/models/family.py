@@ -57,6 +57,8 @@ class ChunkContext:
     """Whether the family's regions are compiled."""
     context_parallel: ContextParallel | None = None
     """The split of sequences; None: sequences have one slice."""
+    experts_of: Callable[[int], Sequence[int]] = lambda layer: ()
+    """The experts of a layer that the rank has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class PlanReport:
             "mesh": {axis: plan.configured_mesh[axis] for axis in plan.configured_mesh.in_use},
             "schedule": plan.schedule,
             "virtual": plan.virtual,
+            "expert_ranks": plan.expert_ranks,
             "parameters": self.parameters,
             "model": msgspec.to_builtins(self.config.model),
             "data": None if self.data is None else self.data.as_dict(),
@@ -129,6 +130,7 @@ class PlanReport:
             ("model", _model_text(config.model)),
             ("parameters", f"{self.parameters:,}"),
             ("ranks", f"{mesh.text} = {mesh.size}"),
+            *([("experts", _experts_text(plan))] if plan.spreads_experts else []),
             ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
             ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
             (
@@ -194,6 +196,20 @@ class PlanReport:
             )
             lines.append(Text(f"rank {rank}: {shown}{rest}", no_wrap=False))
         return lines
+
+
+def _experts_text(plan: Plan) -> str:
+    """The spread of experts, e.g. "16 over 8 ranks, 2 each; 8 replicas work together"."""
+    layers = range(len(plan.layers))
+    layer = max(layers, key=lambda number: len(plan.hosts(number)))
+    team = plan.teams(plan.stage_of_layer(layer))[0]
+    ranks = plan.team_ranks(plan.stage_replicas.stages[plan.stage_of_layer(layer)][0][0])
+    counts = sorted({len(plan.experts_of(rank, layer)) for rank in ranks})
+    each = " or ".join(map(str, counts))
+    return (
+        f"{len(plan.hosts(layer))} over {plan.expert_ranks} ranks, {each} each; "
+        f"{counted(len(team), 'replica')} compute at the same time"
+    )
 
 
 def plan_report(

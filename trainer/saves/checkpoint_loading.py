@@ -40,7 +40,8 @@ def recent_to_data(recent: RecentSteps) -> dict[str, Any]:
 
     JSON has a number's shortest text that gives the same bits again.
     """
-    return {RECENT: msgspec.to_builtins(recent)} if recent.losses else {}
+    kept = RecentSteps(recent.losses, recent.grad_norms)
+    return {RECENT: msgspec.to_builtins(kept)} if recent.losses else {}
 
 
 def recent_from_data(scalars: Mapping[str, Any], place: str) -> RecentSteps:

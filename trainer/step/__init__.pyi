@@ -11,6 +11,7 @@ from .build import (
     open_training as open_training,
 )
 from .construction import (
+    hosted_experts as hosted_experts,
     open_split as open_split,
 )
 from .evaluation import (

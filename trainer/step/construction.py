@@ -30,6 +30,7 @@ from holdfast.parallel.optimizer import (
 from holdfast.parallel.pipeline import (
     Chunk,
     Executor,
+    ExpertTeam,
     MessageShape,
     MicroBatchContext,
     ModelChunkRunner,
@@ -63,18 +64,28 @@ class ModelParts:
     layers: LayerParameters | None = None
     """The memory of each layer's parameters, if replicas share these; else they lie in `buffer`."""
 
-    def offers(self, program: Program, parts: Sequence[int]) -> dict[nn.Parameter, int]:
+    def offers(
+        self, program: Program, parts: Sequence[int], hosted: int | None = None
+    ) -> dict[nn.Parameter, int]:
         """The number of gradients that each parameter is offered by a program. Pure.
 
         Args:
             parts: the parts of the parameters that the rank holds.
+            hosted: the micro-batches of the rank's team, for which its experts work; None: they
+                work for those of the program.
         """
         ends = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
         # Every stretch of a micro-batch goes backward, and all of them have its slices.
-        backwards = Counter(a.chunk for a in program if a.op in ends and a.stretch in (None, 0))
-        slices = len(self.accumulator.slices.own)
+        backwards = Counter(
+            a.chunk
+            for a in program
+            if a.op in ends and a.stretch in (None, 0) and a.micro_batch >= 0
+        )
+        slices = self.accumulator.slices
         return {
-            parameter: backwards[index] * slices * len(contributing_parts(row, parts))
+            parameter: hosted * slices.count
+            if hosted is not None and row.spec.expert is not None
+            else backwards[index] * len(slices.own) * len(contributing_parts(row, parts))
             for index, chunk in self.chunks.items()
             for row, parameter in chunk.rows()
         }
@@ -123,9 +134,44 @@ def new_chunks(
             weights=weights,
             compiles=train.compile,
             context_parallel=context_parallel(config, groups),
+            experts=hosted_experts(plan, rank),
         )
         for index in plan.chunks_of(rank)
     }
+
+
+def hosted_experts(plan: Plan, rank: int) -> dict[int, tuple[int, ...]] | None:
+    """By layer, the experts that a rank has; None: those of its parts. Pure."""
+    if not plan.spreads_experts:
+        return None
+    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+    return {layer: plan.experts_of(rank, layer) for layer in layers}
+
+
+def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> ExpertTeam | None:
+    """The ranks among which a rank's tokens go to experts; None: those of its tensor group."""
+    if not plan.spreads_experts or plan.stage_replicas.find(rank) is None:
+        return None
+    ranks = plan.team_ranks(rank)
+    place = {member: index for index, member in enumerate(ranks)}
+    replicas = [
+        (plan.stage_replicas.coordinates(member).data, plan.mesh_of(member).along(shard)["context"])
+        for member in ranks
+        for shard in (plan.stage_replicas.shard_index(member),)
+    ]
+    numbers = {source: number for number, source in enumerate(dict.fromkeys(replicas))}
+    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+    hosts = {
+        layer: tuple(
+            tuple(place[host] for host in of_expert if host in place)
+            for of_expert in plan.hosts(layer)
+        )
+        for layer in layers
+    }
+    slices = (len(run_slices(config, plan, member).own) for member in ranks)
+    group = groups["experts"] if len(ranks) > 1 else None
+    most = max(slices) // plan.stretches
+    return ExpertTeam(group, tuple(numbers[source] for source in replicas), hosts, most)
 
 
 def context_parallel(config: RunConfig, groups: Groups) -> ContextParallel:
@@ -204,7 +250,7 @@ def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> Mod
         if model.buffer.kept != kept:
             return None
     old, new = ([found.layers_of(c) for c in found.chunks_of(rank)] for found in (before, plan))
-    if old != new:
+    if old != new or hosted_experts(before, rank) != hosted_experts(plan, rank):
         return None
     chunks = dict(zip(plan.chunks_of(rank), model.chunks.values(), strict=True))
     return replace(model, chunks=chunks)

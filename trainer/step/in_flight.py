@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from holdfast.parallel.layout import Box, contributing_parts
+from holdfast.parallel.layout import contributing_parts
 from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.pipeline import TokensKey
 from holdfast.parallel.plan import Plan
@@ -54,7 +54,7 @@ class StepInFlight:
         self._own_notes = Notes()
         """The notes of layers in an interrupted step that this rank reports again."""
         self._backwards = 0
-        self._half = sum(action.op in _BACKWARDS for action in program) // 2
+        self._half = max(1, sum(action.op in _BACKWARDS for action in program) // 2)
         self._at_half: Callable[[], None] = lambda: None
 
     def begin(self, step: int, at_half: Callable[[], None]) -> bool:
@@ -65,6 +65,7 @@ class StepInFlight:
         """
         self.step, self._backwards, self._at_half = step, 0, at_half
         if self._interrupted.step == step:
+            self._accumulator.skip(self._skipped())
             return True
         self._interrupted = NOT_INTERRUPTED
         self._own_losses, self._own_notes = {}, Notes()
@@ -90,13 +91,9 @@ class StepInFlight:
         self, before: StepInFlight
     ) -> Iterator[tuple[Segment, Segment, Callable[[int], int]]]:
         """The segments that both steps have, and the numbers of their gradients."""
-
-        def elements(segment: Segment) -> tuple[int, str, Box]:
-            return segment.layer, segment.spec.name, segment.spec.box
-
-        there = {elements(segment): segment for segment in before._buffer.segments}
+        there = {segment.elements: segment for segment in before._buffer.segments}
         for segment in self._buffer.segments:
-            old = there.get(elements(segment))
+            old = there.get(segment.elements)
             if old is not None:
                 keys, old_keys = self._keys(segment), before._keys(old)
                 places = [keys.index(key) for key in old_keys]
@@ -109,27 +106,24 @@ class StepInFlight:
         return self._interrupted.missing(self._plan, micro_batches)
 
     def before_gradients(self, micro_batch: int) -> None:
-        """Before a micro-batch's gradients, skip the parameters whose sums include them."""
+        """Note that a micro-batch's gradients follow."""
         self._backwards += 1
         if self._backwards == self._half:
             self._at_half()
-        skipped: dict[nn.Parameter, frozenset[int]] = {}
-        if self._interrupted is not NOT_INTERRUPTED:
-            skipped = {
-                segment.parameter: self._skipped_units(segment, micro_batch)
-                for segment in self._buffer.segments
-            }
-        self._accumulator.begin_gradients(micro_batch, skipped)
+        self._accumulator.begin_gradients(micro_batch)
 
-    def _skipped_units(self, segment: Segment, micro_batch: int) -> frozenset[int]:
-        """The gradients of a micro-batch that a parameter's sums include, as the model numbers
-        them: of slice q, q; where the rank adds p for each slice, q times p and on."""
-        keys = self._keys(segment)
-        return frozenset(
-            slice_ * len(keys) + place
-            for place, key in enumerate(keys)
-            for slice_ in self._interrupted.slices_in(key, micro_batch)
-        )
+    def _skipped(self) -> dict[nn.Parameter, set[tuple[int, int]]]:
+        """The gradients that each parameter's sums include, as the model numbers them: of slice q,
+        q; where the rank adds p for each slice, q times p and on."""
+        found: dict[nn.Parameter, set[tuple[int, int]]] = {}
+        for segment in self._buffer.segments:
+            keys = self._keys(segment)
+            found[segment.parameter] = {
+                (unit // self._slices.count, unit % self._slices.count * len(keys) + place)
+                for place, key in enumerate(keys)
+                for unit in self._interrupted.included.get(key, ())
+            }
+        return found
 
     def _keys(self, segment: Segment) -> list[ParameterKey]:
         """A segment's row, in each part that gives it a gradient."""

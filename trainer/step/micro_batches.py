@@ -10,7 +10,7 @@ import torch
 
 from holdfast.parallel.comm import FlightRecorder
 from holdfast.parallel.layout import Slices
-from holdfast.parallel.pipeline import Batch, MicroBatchContext, Passage
+from holdfast.parallel.pipeline import Batch, ExpertTeam, MicroBatchContext, Passage
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.step.notes import Notes
@@ -41,23 +41,22 @@ class MicroBatches:
         device: torch.device,
         slices: Slices,
         *,
-        stretches: int = 1,
         reads: bool,
         recorder: FlightRecorder,
+        experts: ExpertTeam | None = None,
     ) -> None:
         """Begin with the first step.
 
         Args:
             data: the data of the first step.
             slices: the slices of sequences, and those that this rank computes.
-            stretches: the parts in which a sequence passes the chunks.
             reads: whether this rank reads batches; see `reads_batches`.
             recorder: the flight recorder, where reads are marked.
+            experts: the ranks that have the experts of the tokens; None: those of the tensor group.
         """
         self._reading = partial(recorder.busy, "read", config.elastic.startup_grace_s)
-        self._train, self._device = config.train, device if reads else None
-        self.slices = slices
-        self._stretches = [slices.stretch(number, stretches) for number in range(stretches)]
+        self._config, self._device = config, device if reads else None
+        self.slices, self._experts = slices, experts
         self.current = 0
         """The micro-batch whose forward pass ran last."""
         self.begin(0, data, training=True)
@@ -78,9 +77,12 @@ class MicroBatches:
 
     def context(self, passage: Passage) -> MicroBatchContext:
         """The context of what a chunk computes next."""
-        self.current = micro_batch = passage.micro_batch
+        micro_batch = passage.micro_batch
+        if micro_batch >= 0:
+            self.current = micro_batch
         if micro_batch not in self._known:
-            self._known[micro_batch] = _Known(self._read(micro_batch), {})
+            read = None if micro_batch < 0 else self._read(micro_batch)
+            self._known[micro_batch] = _Known(read, {})
         batch, kept = self._known[micro_batch]
         stretch = passage.stretch
         return MicroBatchContext(
@@ -89,43 +91,46 @@ class MicroBatches:
             self.training,
             batch,
             1.0 / self.predicted,
-            self._train.z_loss_coef,
-            self.slices if stretch is None else self._stretches[stretch],
+            self._config.train.z_loss_coef,
+            self.slices
+            if stretch is None
+            else self.slices.stretch(stretch, self._config.parallel.stretches),
             kept,
             self.notes.watch if self.notes.parts else None,
             self.notes.loads,
+            self._experts,
         )
 
     def _read(self, micro_batch: int) -> Batch | None:
         if self._device is None:
             return None
-        size = self._train.micro_batch
+        size = self._config.train.micro_batch
         with self._reading():
             if self._is_ramped:  # as the only one of a step of its own size
                 unit = self._first_unit + micro_batch
                 read = self._data.batch(unit, 0, global_batch=size, micro_batch_size=size)
             else:
-                batch = self._train.global_batch
+                batch = self._config.train.global_batch
                 read = self._data.batch(
                     self.step, micro_batch, global_batch=batch, micro_batch_size=size
                 )
-            length = self._train.length_of(self.step)
-            if self.training and length < self._train.seq_len:
+            length = self._config.train.length_of(self.step)
+            if self.training and length < self._config.train.seq_len:
                 read = read.cut(length)
         return read.to(self._device)
 
     @property
     def _is_ramped(self) -> bool:
         """Whether steps have batches of different sizes."""
-        return bool(self._train.batch_ramp) and self.training
+        return bool(self._config.train.batch_ramp) and self.training
 
     @property
     def _first_unit(self) -> int:
         """The number of micro-batches of all steps before this one."""
-        return self._train.samples_before(self.step) // self._train.micro_batch
+        return self._config.train.samples_before(self.step) // self._config.train.micro_batch
 
     def _predicted(self) -> int:
-        train = self._train
+        train = self._config.train
         if not self._is_ramped:
             return self._data.predicted(self.step, global_batch=train.global_batch)
         first, count = self._first_unit, train.batch_of(self.step) // train.micro_batch

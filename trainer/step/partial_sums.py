@@ -65,6 +65,12 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
     """
     if rank in fresh or None in (p.stage_replicas.find(rank) for p in (plan, following)):
         return False
+    if plan.spreads_experts and not all(
+        set(plan.experts_of(rank, layer)) <= set(following.experts_of(rank, layer))
+        for chunk in plan.chunks_of(rank)
+        for layer in plan.layers_of(chunk)
+    ):
+        return False
     return set(plan.parts_of(rank)) <= set(following.parts_of(rank)) and (
         [plan.layers_of(c) for c in plan.chunks_of(rank)]
         == [following.layers_of(c) for c in following.chunks_of(rank)]

@@ -11,7 +11,7 @@ from holdfast.parallel.offload import Rates, choose_layers
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, on_shards, rank_memory
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import further_losses_of, layer_specs, windows_of
+from holdfast.trainer.models import family_of, further_losses_of, layer_specs, windows_of
 from holdfast.trainer.step.saved_tensors import state_format
 
 WAYS = ("none", "selective", "full")
@@ -139,7 +139,16 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         shard_group=parallel.shard_group,
         generation=generation,
     )
-    return plan.evolved(stretches=parallel.stretches)
+    slots = 0
+    if parallel.expert_replicas == "auto":
+        once = -(-family_of(config.model.family).experts(config.model) // parallel.expert)
+        slots = parallel.expert_slots or 2 * once
+    return plan.evolved(
+        stretches=parallel.stretches,
+        expert_ranks=parallel.expert,
+        expert_copies=1 if parallel.expert_replicas == "auto" else parallel.expert_replicas,
+        expert_slots=slots,
+    )
 
 
 def device_bytes(config: RunConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Protocol
 
 from msgspec import Meta
@@ -10,6 +10,9 @@ from msgspec import Meta
 from holdfast.parallel.schedules import StepPhase
 
 _Numbers = Annotated[tuple[float, ...], Meta(max_length=4096)]
+_Loads = tuple[tuple[int, ...], ...]
+_FORGOTTEN = 8
+"""A step forgets the eighth part of the loads before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RecentSteps:
-    """The losses and gradient norms of the last steps, oldest first: part of a run's state.
+    """The losses and gradient norms of the last steps, oldest first, and the loads of experts.
 
     Steps with numbers that are not finite are not among them.
     """
 
     losses: _Numbers = ()
     grad_norms: _Numbers = ()
+    loads: _Loads = ()
+    """Of each layer, the choices of each of its experts, of which each further step forgets an
+    eighth; not part of checkpoints."""
 
     def after(self, outcome: Outcome, window: int) -> RecentSteps:
         """These after one more step.
@@ -97,11 +103,23 @@ class RecentSteps:
         Args:
             window: the number of steps that are remembered; 0: none.
         """
+        recent = replace(self, loads=_added(self.loads, outcome.loads))
         if not window or not outcome.has_numbers:
-            return self
-        return RecentSteps(
-            (*self.losses, outcome.loss)[-window:], (*self.grad_norms, outcome.grad_norm)[-window:]
+            return recent
+        return replace(
+            recent,
+            losses=(*self.losses, outcome.loss)[-window:],
+            grad_norms=(*self.grad_norms, outcome.grad_norm)[-window:],
         )
+
+
+def _added(before: _Loads, loads: _Loads) -> _Loads:
+    if not before:
+        return loads
+    return tuple(
+        tuple(old - old // _FORGOTTEN + new for old, new in zip(*rows, strict=True))
+        for rows in zip(before, loads, strict=True)
+    )
 
 
 @dataclass(slots=True)

@@ -29,7 +29,13 @@ from holdfast.parallel.optimizer import (
     clipping_factor,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
-from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
+from holdfast.parallel.plan import (
+    Plan,
+    evaluation_program,
+    shards,
+    team_micro_batches,
+    training_program,
+)
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
@@ -45,6 +51,7 @@ from holdfast.trainer.step.construction import (
     ModelParts,
     PreparedProgram,
     carried_model,
+    expert_team,
     new_executor,
     new_model,
     new_optimizer,
@@ -136,9 +143,9 @@ class Training:
             self.data,
             device,
             self.model.accumulator.slices,
-            stretches=plan.stretches,
             reads=reads_batches(config, self.model.chunks, last),
             recorder=groups.recorder,
+            experts=expert_team(config, plan, rank, groups),
         )
         self._runners = new_runners(
             self.model,
@@ -165,7 +172,10 @@ class Training:
             if carried is not None:
                 return carried
         weights: Weights = "drawn" if initial else "unset"
-        return new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
+        made = new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
+        if before is not None and made.layers is None:
+            made.buffer.take_over(before.model.buffer)
+        return made
 
     def _optimizer_after(self, before: Training | None, *, initial: bool) -> ShardedOptimizer:
         """The optimizer of this rank's blocks; it reuses what it can of the plan before."""
@@ -275,30 +285,31 @@ class Training:
         only = self._only_of(step)
         program = self._program if only is None else self._part_of(only)
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
+            only = self.to_compute(step)
             program = self._rest_of(step)
-        self.optimizer.begin_step(self._offers(program[0]), lambda: at(step + 1, "exchange"), only)
-        program_of = partial(training_program, self.plan, only=only)
-        with self._layers_of(program_of, lambda: at(step + 1, "prefetch"), only):
+        offers = self._offers(program[0], only)
+        self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"))
+        with self._layers_of(
+            partial(training_program, self.plan, only=only), lambda: at(step + 1, "prefetch")
+        ):
             try:
                 return self.executor.run(*program)
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
 
-    def _offers(self, program: Program) -> dict[nn.Parameter, int]:
+    def _offers(self, program: Program, only: frozenset[int] | None) -> dict[nn.Parameter, int]:
         """The number of gradients that each parameter is offered by a program."""
-        return self.model.offers(program, self.plan.parts_of(self.rank))
+        hosted = team_micro_batches(self.plan, self.rank, only)
+        return self.model.offers(program, self.plan.parts_of(self.rank), hosted)
 
     @contextmanager
     def _layers_of(
-        self,
-        program_of: Callable[[int], Program],
-        receiving: Callable[[], None] = lambda: None,
-        only: frozenset[int] | None = None,
+        self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
         """Have the parameters of layers that replicas share in memory while a program uses them."""
         layers = self.model.layers
         if layers is not None:
-            layers.begin(program_of, receiving, only)
+            layers.begin(program_of, receiving)
         yield
         if layers is not None:
             layers.end()
@@ -337,7 +348,7 @@ class Training:
         self._start(step, self.data, training=True)
         self._in_flight.begin(step, lambda: None)
         program = self._rest_of(step)
-        self.optimizer.go_on(self._offers(program[0]))
+        self.optimizer.go_on(self._offers(program[0], self.to_compute(step)))
         return self.executor.run(*program)
 
     @property

@@ -222,7 +222,8 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
         block = plan.block(key)
         spec, stage = plan.spec_of(block), plan.stage_of_layer(block.layer)
         tied, apart = plan.tied_layers(block), shards(plan, "gradients") and is_whole(plan, block)
-        same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart))
+        hosts = plan.holders(block) if spec.expert is not None else None
+        same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart, hosts))
         before = runs[-1][-1] if runs else block
         near = _follows(block, before) or max(block.elements, before.elements) < _LONG
         if runs and same and near and sizes[-1] + block.elements <= elements:

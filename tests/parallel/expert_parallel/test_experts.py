@@ -21,11 +21,12 @@ from holdfast.parallel.expert_parallel import (
     expert_products,
     logits_of,
 )
-from holdfast.parallel.expert_parallel.products import places_of, row_multiple
+from holdfast.parallel.expert_parallel.products import Work, places_of, row_multiple
 from holdfast.parallel.optimizer.rules.rule import BlockUpdate, balance_blocks
-from holdfast.parallel.pipeline import WeightGradientQueue
+from holdfast.parallel.pipeline import ExpertTeam, WeightGradientQueue
 
 HIDDEN, WIDE = 12, 10
+MICRO_BATCH, SLICE = 5, 3
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,11 +43,18 @@ class Recorder:
         self.found.append((parameter, gradient, unit))
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, unit: int = 0
+        self,
+        parameter: nn.Parameter,
+        grad_output: Iterable[Tensor],
+        value: Tensor,
+        unit: int = 0,
+        micro_batch: int | None = None,
     ) -> None:
+        assert micro_batch == MICRO_BATCH
         self.add(parameter, torch.cat(list(grad_output), 1).t() @ value, unit)
 
     add_rows: Any = None
+    pass_over: Any = None
 
 
 def matrices(experts: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -55,11 +63,15 @@ def matrices(experts: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return gate_up, down
 
 
+def by_expert(parameters: Any, first: int = 0) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    return dict(enumerate(zip(*parameters, strict=True), first))
+
+
 def ours(value: Tensor, experts: Tensor, weights: Tensor, parameters: Any, queue: Any) -> Tensor:
-    gate_up, down = parameters
-    way = dispatch(experts, len(down), None, value.dtype)
-    rows = way.to_experts(value, experts.shape[1])
-    return way.to_tokens(expert_products(rows, way.counts, gate_up, down, queue), weights)
+    team = ExpertTeam.of_parts(None, 0, len(parameters[1]), 1)
+    way = dispatch([experts], [(MICRO_BATCH, SLICE)], len(parameters[1]), team, 0, value)
+    rows = way.to_experts(value, experts.shape[1]).rows()
+    return way.to_tokens(expert_products(rows, way.work, by_expert(parameters), queue), weights)
 
 
 def plainly(value: Tensor, experts: Tensor, weights: Tensor, parameters: Any) -> Tensor:
@@ -95,13 +107,13 @@ def test_experts_equal_the_definition(kind: str, sink: bool) -> None:
         if function == "ours":
             if sink:
                 queue.subscribe(recorder)
-            found = ours(value, chosen, weights, parameters, queue.of(3))
+            found = ours(value, chosen, weights, parameters, queue)
         else:
             found = plainly(value, chosen, weights, parameters)
         (found * normal(tokens, HIDDEN, seed=9)).sum().backward()
         of_parameters: list[Tensor | None] = [p.grad for p in (*parameters[0], *parameters[1])]
         if function == "ours" and sink:
-            assert [unit for *_, unit in recorder.found] == [3] * 2 * experts
+            assert [unit for *_, unit in recorder.found] == [SLICE] * 2 * experts
             by_parameter = {parameter: gradient for parameter, gradient, _ in recorder.found}
             of_parameters = [by_parameter[p] for p in (*parameters[0], *parameters[1])]
         results.append((found, value.grad, weights.grad, of_parameters))
@@ -132,7 +144,8 @@ def test_an_experts_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None
         recorder, queue = Recorder(), WeightGradientQueue()
         queue.subscribe(recorder)
         half = [part[first:last] for part in parameters]
-        found = expert_products(rows, counts[first:last], half[0], half[1], queue)
+        work = [Work(e, MICRO_BATCH, SLICE, counts[e]) for e in range(first, last)]
+        found = expert_products(rows, work, by_expert(half, first), queue)
         gradient = torch.full_like(found, float("nan"))
         for place, expert in zip(own, range(first, last), strict=False):
             gradient[place : place + counts[expert]] = tokens[expert]

@@ -184,7 +184,8 @@ def test_sums_are_complete_with_the_last_gradient_that_is_offered(exact: bool) -
     sums = accumulator.sums[slice(*buffer.place(parameter))]
 
     def offer(micro_batch: int, *, skipped: bool = False) -> None:
-        accumulator.begin_gradients(micro_batch, {parameter: frozenset({0})} if skipped else {})
+        accumulator.skip({parameter: {(micro_batch, 0)}} if skipped else {})
+        accumulator.begin_gradients(micro_batch)
         accumulator.add_rows(parameter, torch.tensor([1]), torch.ones(1, 2))
 
     accumulator.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from holdfast.parallel.plan.plan import DERIVED_FROM
 from holdfast.parallel.plan.replan import Roster, replan
 from support.runs.plans import NODES, first_plan
 
+EXPERTS: dict[str, Any] = {"count": 4, "experts": 4, "expert_ranks": 3}
 _SCHEDULES = st.sampled_from(
     [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)]
 )
@@ -58,6 +58,12 @@ def derived(plan: Plan) -> dict[str, Any]:
         "training": [training_program(plan, rank) for rank in ranks],
         "some": [training_program(plan, rank, frozenset({1, 4})) for rank in ranks],
         "evaluation": [evaluation_program(plan, rank) for rank in ranks],
+        "experts": [
+            [plan.experts_of(rank, layer) for rank in ranks]
+            for layer in range(len(plan.layers))
+            if plan.spreads_experts
+        ],
+        "teams": [plan.team_ranks(rank) for rank in ranks],
     }
 
 
@@ -79,13 +85,12 @@ def changes_of(plan: Plan, rng: random.Random) -> Mapping[str, Any]:
     if kind == 5 and plan.is_regular:
         return {"micro_batches": tuple(tuple(reversed(row)) for row in plan.micro_batches)}
     if kind == 6:
-        mixed = [list(owners) for owners in plan.owners]
-        for part, stage in product(range(len(mixed)), range(replicas.pipeline)):
-            found = [b for b in plan.blocks[part] if plan.stage_of_layer(b.layer) == stage]
-            owners = [mixed[part][block.index] for block in found]
-            for block, owner in zip(found, rng.sample(owners, len(owners)), strict=True):
-                mixed[part][block.index] = owner
-        return {"given_owners": tuple(map(tuple, mixed))}
+        return {
+            "given_owners": tuple(
+                tuple(rng.choice(plan.candidates((block.key,))) for block in blocks)
+                for blocks in plan.blocks
+            )
+        }
     if kind == 7:
         return {"shard": rng.choice(["optimizer", "gradients", "parameters"]), "shard_group": 3}
     present = [r for r in range(12) if rng.random() < 0.7]
@@ -99,7 +104,8 @@ def test_an_evolved_plan_is_the_plan_built_anew(
     schedule: tuple[str, int], seed: int, changes: int
 ) -> None:
     rng = random.Random(seed)
-    plan = anew(first_plan(*schedule, data=3, pipeline=2))
+    experts = rng.choice([{}, EXPERTS])
+    plan = anew(first_plan(*schedule, data=3, pipeline=2, **experts))
     for _ in range(changes):
         if rng.random() < 0.7:
             derived(plan)
@@ -111,7 +117,8 @@ def test_the_table_names_every_derived_value_and_fields_that_exist() -> None:
     plan = anew(first_plan(data=3, pipeline=2))
     uneven = replan(plan, Roster((0, 1, 2, 3, 4), NODES), generation=1)
     many = uneven.evolved(micro_batches=plan.micro_batches)
-    plans = (plan, many, plan.evolved(shard="parameters", shard_group=2))
+    spread = anew(first_plan(data=3, pipeline=2, **EXPERTS))
+    plans = (plan, many, plan.evolved(shard="parameters", shard_group=2), spread)
     asked = {name for p in plans if derived(p) for name, known in p._derived.items() if known}
     # Only plans too large for the list scheduler take these two for training; evaluation always
     # does.
@@ -149,8 +156,10 @@ def test_what_is_read_for_a_derived_value_is_what_the_table_says(
     monkeypatch.setattr(Plan, "__getattribute__", get)
     monkeypatch.setattr(Plan, "derived", recorded)
     first = first_plan("interleaved-1f1b", 2, data=3, pipeline=2)
-    for plan in (first, replan(first, Roster((0, 1, 2, 3, 4), NODES), generation=1)):
+    spread = first_plan("interleaved-1f1b", 2, data=3, pipeline=2, **EXPERTS)
+    for plan in (first, spread):
         derived(anew(plan))
+        derived(anew(replan(plan, Roster((0, 1, 2, 3, 4), NODES), generation=1)))
     monkeypatch.undo()
     for _ in DERIVED_FROM:
         for name, others in asked.items():

@@ -107,7 +107,7 @@ def test_a_split_backward_pass_gives_the_same_bits(dtype: torch.dtype, exact: bo
         value, weight, targets = inputs(dtype)
         sums, queue = accumulating(weight, exact=exact)
         for micro_batch in range(2):  # the second is added to the first
-            sums.begin_gradients(micro_batch, {})
+            sums.begin_gradients(micro_batch)
             loss = loss_of(value, weight, targets, 16, queue)
             if deferred:
                 with queue.deferred() as kept:
@@ -134,7 +134,8 @@ def test_a_micro_batch_that_is_included_still_gives_the_gradient_of_its_input() 
     for skipped in (False, True):
         value, weight, targets = inputs(torch.float32)
         sums, queue = accumulating(weight, exact=True)
-        sums.begin_gradients(0, {weight: frozenset({0})} if skipped else {})
+        sums.skip({weight: {(0, 0)}} if skipped else {})
+        sums.begin_gradients(0)
         loss_of(value, weight, targets, 16, queue).backward()
         assert bool(sums.sums.any()) is not skipped
         assert value.grad is not None

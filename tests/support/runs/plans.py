@@ -16,6 +16,7 @@ from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
+from holdfast.trainer.models.mixtral.family import MixtralConfig
 from holdfast.trainer.step.planning import with_matrices
 
 MICRO_BATCHES = 8
@@ -23,11 +24,21 @@ NODES = {rank: f"node-{rank % 3}" for rank in range(64)}
 
 
 def small_layers(
-    layers: int, tensor: int, *, shards: int = 1, seq_len: int = 16, sequence_parallel: bool = False
+    layers: int,
+    tensor: int,
+    *,
+    shards: int = 1,
+    seq_len: int = 16,
+    sequence_parallel: bool = False,
+    experts: int = 0,
 ) -> tuple[LayerSpec, ...]:
     """The layers of a small model, split for `tensor` ranks or `shards` parts."""
+    sizes = {"layers": layers, "hidden": 32, "heads": 4, "kv_heads": 4, "vocab": 64}
+    model = LlamaConfig(family="llama", **sizes)
+    if experts:
+        model = MixtralConfig(family="mixtral", experts=experts, intermediate=8, **sizes)
     return layer_specs(
-        LlamaConfig(family="llama", layers=layers, hidden=32, heads=4, kv_heads=4, vocab=64),
+        model,
         tensor=tensor,
         sequence_parallel=sequence_parallel,
         seq_len=seq_len,
@@ -48,9 +59,12 @@ def first_plan(
     *,
     sequence_parallel: bool = False,
     matrices: bool = False,
+    count: int = 12,
+    experts: int = 0,
+    expert_ranks: int = 1,
 ) -> Plan:
     """A plan with shadows; with `matrices` those of layers are updated as such."""
-    layers = small_layers(12, tensor, sequence_parallel=sequence_parallel)
+    layers = small_layers(count, tensor, sequence_parallel=sequence_parallel, experts=experts)
     plan = make_plan(
         [with_matrices(layer) for layer in layers] if matrices else layers,
         Mesh.of(tensor=tensor, data=data, pipeline=pipeline),
@@ -58,7 +72,7 @@ def first_plan(
         schedule=schedule,
         micro_batches=MICRO_BATCHES,
         block_elements=2000,
-    )
+    ).evolved(expert_ranks=expert_ranks)
     return with_shadows(plan, Roster(plan.stage_replicas.ranks, NODES), 1)
 
 

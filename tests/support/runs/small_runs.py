@@ -67,6 +67,8 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
         outputs.append(outcome.layer_outputs)
     found = {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
     found |= {"further": further} if any(further) else {}
+    if run_config.train.eval_every:
+        found["held out"] = [loss.hex() for loss in training.evaluate().values()]
     noted = {"layer_norms": layers, "layer_outputs": outputs}
     return found | (noted if run_config.log.norms_every else {})
 

@@ -69,6 +69,64 @@ def loads(cluster: Cluster) -> list[dict[str, float]]:
     return [{"block.0": load_of(of[1]).most, "head": load_of(of[2]).most} for of in steps]
 
 
+SPREAD: dict[str, Any] = {**SECTIONS, "train": {**SECTIONS["train"], "global_batch": 8}}
+SKEWED: dict[str, Any] = {
+    "model": {
+        "family": "mixtral",
+        "layers": 1,
+        "experts": 8,
+        "experts_per_token": 1,
+        "vocab": 8,
+        "init_std": 0.3,  # routers that prefer two experts, which lie on one rank
+    },
+    "train": {"steps": 10, "global_batch": 4, "seq_len": 32, "seed": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "respawn"), [(8, True), (4, False)], ids=["replaced", "two teams, not replaced"]
+)
+def test_three_of_eight_ranks_that_have_experts_alone_are_lost(
+    start: Starter, cluster: Cluster, ranks: int, respawn: bool
+) -> None:
+    """Each rank has 2 of 16 experts, as the only one or one of two."""
+    expected = bits_of(run_training(cluster, make_config(**SPREAD)))
+    run = start(
+        **SPREAD,
+        parallel={"data": 8, "expert": ranks},
+        elastic=pace(
+            {
+                "respawn": respawn,
+                "local_nodes": 4,
+                "chaos": [fault("kill", rank, step, phase) for rank, step, phase in KILLS],
+            },
+            1.0 if respawn else 0.1,
+        ),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert len(run.events("rank_lost")) >= 3
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
+def test_copies_follow_the_loads_while_a_rank_is_killed(start: Starter, cluster: Cluster) -> None:
+    """It is lost as state of copies is on its way, which then begins anew."""
+    expected = bits_of(run_training(cluster, make_config(**SKEWED)))
+    chaos = [fault("kill", 2, 3, "fill")]
+    run = start(
+        **SKEWED,
+        parallel={"data": 4, "expert": 4, "expert_replicas": "auto"},
+        elastic=pace({"expert_steps": 2, "local_nodes": 4, "chaos": chaos}, 0.5),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_lost")] == [2]
+    plans = [event["plan"] for event in run.events("generation")]
+    assert any(plan["coming_hosts"] for plan in plans), "no placement was prepared beside steps"
+    final = plans[-1]["placements"][plans[-1]["hosts"][1]]
+    assert max(map(len, final)) > 1
+
+
 @pytest.mark.parametrize("respawn", [True, False], ids=["replaced", "not replaced"])
 def test_three_of_eight_ranks_with_experts_are_lost(
     start: Starter,

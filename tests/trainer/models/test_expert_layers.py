@@ -123,8 +123,8 @@ def test_the_routers_loss_counts_what_is_dispatched() -> None:
     sent: list[Tensor] = []
     counted: list[Tensor] = []
 
-    def sending(chosen: Tensor, *others: Any) -> Any:
-        sent.append(torch.bincount(chosen.flatten(), minlength=model.experts))
+    def sending(chosen: list[Tensor], *others: Any) -> Any:
+        sent.append(torch.bincount(chosen[0].flatten(), minlength=model.experts))
         return dispatch(chosen, *others)
 
     def counting(choices: Any, counts: Tensor, *others: Any) -> Tensor:

@@ -18,6 +18,7 @@ from holdfast.parallel.tensor_parallel import (
     of_parts,
     sum_partials,
 )
+from holdfast.trainer.models.decoder.multi_token import MultiTokenLayer
 from holdfast.trainer.models.decoder.norms import Choice, KeyedDropout, hidden_norm, part_queues
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design
 
@@ -94,7 +95,7 @@ class Head(nn.Module):
         queue: WeightGradientQueue,
         vocab_chunk: int,
         choose: Choice,
-        further: nn.Module | None = None,
+        further: MultiTokenLayer | None = None,
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
@@ -127,6 +128,12 @@ class Head(nn.Module):
             self._loss(torch.cat([value, beside], 1), targets, context, number)
             for number, value, beside in zip(own, normed, further, strict=True)
         ]
+
+    def host(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        """Have experts work for the tokens of others: float[0, hidden]. Collective."""
+        if self.further is None or not context.training:
+            return value
+        return self.further.host(value, context)
 
     def _loss(
         self, normed: Tensor, targets: Sequence[Tensor], context: MicroBatchContext, number: int

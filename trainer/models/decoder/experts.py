@@ -1,7 +1,7 @@
 """A layer's experts (Shazeer et al. 2017): a router, and an MLP for each expert.
 
-A rank has the experts of its parts, as it has the features of an MLP. Each expert's tokens of a
-slice are computed as one, wherever they come from. Exact-mode safe.
+A rank has the experts of its parts, as it has the features of an MLP, or those that the plan gives
+it. Each expert's tokens of a slice are computed as one, wherever they come from. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.expert_parallel import (
     LOAD_UNIT,
+    Arriving,
     Choices,
     Router,
     add_gradient,
@@ -23,7 +24,12 @@ from holdfast.parallel.expert_parallel import (
     expert_products,
     logits_of,
 )
-from holdfast.parallel.pipeline import MicroBatchContext, TokensKey, WeightGradientQueue
+from holdfast.parallel.pipeline import (
+    ExpertTeam,
+    MicroBatchContext,
+    TokensKey,
+    WeightGradientQueue,
+)
 from holdfast.parallel.tensor_parallel import TensorParallel, in_slice
 from holdfast.trainer.models.decoder.norms import Queues
 from holdfast.trainer.models.decoder.section import DecoderConfig, ExpertDesign
@@ -33,16 +39,16 @@ Decisions = dict[int, Tensor]
 
 
 class _Expert(nn.Module):
-    """The MLP of one expert of each of this rank's parts."""
+    """The MLP of one expert."""
 
-    def __init__(self, hidden: int, intermediate: int, parts: int) -> None:
+    def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_up = nn.ParameterList(torch.empty(2 * intermediate, hidden) for _ in range(parts))
-        self.down = nn.ParameterList(torch.empty(hidden, intermediate) for _ in range(parts))
+        self.gate_up = nn.Parameter(torch.empty(2 * intermediate, hidden))
+        self.down = nn.Parameter(torch.empty(hidden, intermediate))
 
 
 class Experts(nn.Module):
-    """The experts of a layer that this rank's parts have, and the router of all."""
+    """The experts of a layer that this rank has, and the router of all."""
 
     def __init__(
         self,
@@ -51,11 +57,13 @@ class Experts(nn.Module):
         layer: int,
         tp: TensorParallel,
         queue: WeightGradientQueue,
+        own: Sequence[int],
         shared: nn.Module | None = None,
     ) -> None:
         """Local.
 
         Args:
+            own: the experts of this rank.
             shared: the MLP that all tokens go to beside their experts.
         """
         super().__init__()
@@ -74,29 +82,69 @@ class Experts(nn.Module):
         if router.bias_speed is not None:
             self.router_bias = nn.Parameter(torch.empty(design.count))
         self.shared = shared
-        parts = len(tp.own_parts)
-        own = [
-            _Expert(model.hidden, design.intermediate, parts)
-            for _ in range(design.count // tp.parts)
-        ]
-        self.experts = nn.ModuleList(own)
-        self._gate_up = [expert.gate_up for expert in own]
-        self._down = [expert.down for expert in own]
+        self._own = {expert: _Expert(model.hidden, design.intermediate) for expert in own}
+        self.experts = nn.ModuleDict({str(expert): of for expert, of in self._own.items()})
 
     def forward(
         self,
-        value: Tensor,
+        values: Sequence[Tensor],
         context: MicroBatchContext,
-        number: int,
-        queues: Queues,
+        queues: Sequence[Queues],
         decisions: Decisions,
-    ) -> Tensor:
-        """Of slice `number`.
+    ) -> list[Tensor]:
+        """Of the slices of a passage. Collective over the team of `context`.
 
         Args:
+            values: where this rank only hosts experts, float[0, hidden], and so is the result.
             decisions: the choices of slices that are computed again; others are added.
         """
-        flat = value.flatten(0, 1)
+        if context.hosts_only:
+            return [self._host(values[0], context)]
+        routed = [
+            self._routed(value, context, number, decisions)
+            for number, value in zip(context.slices.own, values, strict=True)
+        ]
+        chosen = [experts for experts, _ in routed]
+        weights = torch.cat([of_slice for _, of_slice in routed])
+        flat = torch.cat([value.flatten(0, 1) for value in values])
+        arriving, shared = self._dispatched(flat, chosen, context), None
+        if self.shared is not None:  # beside the tokens' way
+            shared = self.shared(values, context, queues, decisions)
+        found = self._made(arriving, weights).split([len(of_slice) for of_slice in chosen])
+        mixed = [rows.view_as(value) for rows, value in zip(found, values, strict=True)]
+        if shared is None:
+            return mixed
+        return [of_experts + of_all for of_experts, of_all in zip(mixed, shared, strict=True)]
+
+    def _host(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        """Have the experts here work for the tokens of others alone."""
+        width = torch.promote_types(value.dtype, torch.float32)
+        weights = value.new_empty(0, self._design.per_token, dtype=width)
+        return self._made(self._dispatched(value, [], context), weights)
+
+    def _dispatched(
+        self, flat: Tensor, chosen: Sequence[Tensor], context: MicroBatchContext
+    ) -> Arriving:
+        """The tokens on their way to the experts that they chose: float[tokens, hidden]."""
+        design, layer = self._design, self._layer
+        slices = [(context.micro_batch, number) for number in context.slices.own[: len(chosen)]]
+        team = context.experts
+        if team is None:
+            team = ExpertTeam.of_parts(self._tp.group, layer, design.count, len(slices))
+        way = dispatch(chosen, slices, design.count, team, layer, flat)
+        return way.to_experts(flat, design.per_token)
+
+    def _made(self, arriving: Arriving, weights: Tensor) -> Tensor:
+        """What the experts make of the tokens, back at these: float[tokens, hidden]."""
+        way = arriving.way
+        own = {expert: (module.gate_up, module.down) for expert, module in self._own.items()}
+        made = expert_products(arriving.rows(), way.work, own, self._queue, way.elsewhere)
+        return way.to_tokens(made, weights)
+
+    def _routed(
+        self, value: Tensor, context: MicroBatchContext, number: int, decisions: Decisions
+    ) -> tuple[Tensor, Tensor]:
+        """The experts of a slice's tokens, and their weights: [tokens, experts per token]."""
         is_new = number not in decisions
         choices = self._choices(value, number, decisions.get(number))
         decisions[number] = choices.experts
@@ -106,19 +154,7 @@ class Experts(nn.Module):
             if is_new:
                 self._note(loads, context, number)
             choices = self._with_loads(choices, loads, number)
-        weights = self._with_losses(choices, value, counted, context)
-        count, per_token = self._design.count, self._design.per_token
-        way = dispatch(choices.experts, count, self._tp.group, value.dtype)
-        gate_up, down = (
-            [expert[part] for part in range(len(self._tp.own_parts)) for expert in of_kind]
-            for of_kind in (self._gate_up, self._down)
-        )
-        rows = way.to_experts(flat, per_token)
-        made = expert_products(rows, way.counts, gate_up, down, self._queue.of(number))
-        found = way.to_tokens(made, weights).view_as(value)
-        if self.shared is None:
-            return found
-        return found + self.shared(value, context, number, queues, decisions)
+        return choices.experts, self._with_losses(choices, value, counted, context)
 
     def _choices(self, value: Tensor, number: int, kept: Tensor | None) -> Choices:
         """The choices of this rank's tokens. Those of each part are decided by themselves."""

@@ -76,18 +76,19 @@ class MLP(nn.Module):
 
     def forward(
         self,
-        value: Tensor,
+        values: Sequence[Tensor],
         context: MicroBatchContext,
-        number: int,
-        queues: Queues,
+        queues: Sequence[Queues],
         decisions: Decisions,
-    ) -> Tensor:
-        """Of slice `number`.
+    ) -> list[Tensor]:
+        """Of the slices of a passage.
 
         Args:
             queues: for the bias of the output.
         """
-        queue = self._queue.of(number)
+        return list(map(self._of_slice, values, map(self._queue.of, context.slices.own), queues))
+
+    def _of_slice(self, value: Tensor, queue: WeightGradientQueue, queues: Queues) -> Tensor:
         weights = [[weight] for weight in of_parts(self.gate_up, queue)]
         wide = column_linear(value, weights, self._tp)
         if self.gate_up_bias is not None:
@@ -124,18 +125,19 @@ class PlainMLP(nn.Module):
 
     def forward(
         self,
-        value: Tensor,
+        values: Sequence[Tensor],
         context: MicroBatchContext,
-        number: int,
-        queues: Queues,
+        queues: Sequence[Queues],
         decisions: Decisions,
-    ) -> Tensor:
-        """Of slice `number`.
+    ) -> list[Tensor]:
+        """Of the slices of a passage.
 
         Args:
             queues: for the bias of the output.
         """
-        queue = self._queue.of(number)
+        return list(map(self._of_slice, values, map(self._queue.of, context.slices.own), queues))
+
+    def _of_slice(self, value: Tensor, queue: WeightGradientQueue, queues: Queues) -> Tensor:
         up, down = (
             of_parts(weights, queue, inputs_first=self._inputs_first)
             for weights in (self.up, self.down)
@@ -194,17 +196,29 @@ class TransformerLayer(nn.Module):
             decisions: what experts' routers have chosen, when it is computed again.
         """
         queues = part_queues(self._queue, context, self._tp)
-        normed = map(self.attention_norm, values, queues)
-        mixed = self.attention(list(normed), context, queues)
-        found = []
-        for number, value, added, by_part in zip(
-            context.slices.own, values, mixed, queues, strict=True
-        ):
-            value = value + self.attention_dropout(added, context, number)
-            normed_value = self.mlp_norm(value, by_part)
-            added = self.mlp(normed_value, context, number, by_part, decisions)
-            found.append(value + self.mlp_dropout(added, context, number))
-        return found
+        numbers = context.slices.own
+        mixed = self.attention(list(map(self.attention_norm, values, queues)), context, queues)
+        attended = [
+            value + self.attention_dropout(added, context, number)
+            for number, value, added in zip(numbers, values, mixed, strict=True)
+        ]
+        mixed = self.mlp(list(map(self.mlp_norm, attended, queues)), context, queues, decisions)
+        return [
+            value + self.mlp_dropout(added, context, number)
+            for number, value, added in zip(numbers, attended, mixed, strict=True)
+        ]
+
+    def host(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        """Have the layer's experts work for the tokens of others: float[0, hidden]. Collective."""
+        if not isinstance(self.mlp, Experts):
+            return value
+
+        def hosted(value: Tensor) -> Tensor:
+            return self.mlp([value], context, (), {})[0]
+
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(hosted, value, use_reentrant=False, preserve_rng_state=False)
+        return hosted(value)
 
 
 def _as_it_is(region: Region) -> Region:
@@ -262,7 +276,7 @@ def module_builder(
             shared = None
             if experts.shared:
                 shared = MLP(model, design, tp, queue, choose, experts.shared)
-            mlp = Experts(model, experts, layer, tp, queue, shared)
+            mlp = Experts(model, experts, layer, tp, queue, context.experts_of(layer), shared)
         return TransformerLayer(model, design, number, recompute, context, attention, mlp, choose)
 
     return build

@@ -57,6 +57,10 @@ class MultiTokenLayer(nn.Module):
         found = self.layer(joined, context)
         return list(map(self.norm, found, queues))
 
+    def host(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        """Have the layer's experts work for the tokens of others: float[0, hidden]. Collective."""
+        return self.layer.host(value, context)  # pyrefly: ignore[not-callable]
+
     def _joined(self, embedded: Tensor, value: Tensor, number: int, queues: Queues) -> Tensor:
         """The input of the transformer layer, of slice `number`."""
         sources = [self.embedding_norm(embedded, queues), self.hidden_norm(value, queues)]

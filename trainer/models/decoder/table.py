@@ -278,8 +278,8 @@ class _Table:
         first = self._split(experts.count)[0]
         for number in range(experts.count // self.parts):
             names = [f"{prefix}.{name.format(first + number)}" for name in experts.matrices]
-            local, box = f"mlp.experts.{number}", Box((0, 0), (wide, hidden))
-            rows += [
+            local, box = f"mlp.experts.{first + number}", Box((0, 0), (wide, hidden))
+            own = (
                 self._sharded(names[0], (wide, hidden), box, f"{local}.gate_up", 0),
                 self._sharded(names[1], (wide, hidden), box, f"{local}.gate_up", wide),
                 self._sharded(
@@ -290,7 +290,8 @@ class _Table:
                     0,
                     initial=self._output(),
                 ),
-            ]
+            )
+            rows += [replace(spec, expert=first + number) for spec in own]
         return tuple(rows)
 
     def _projections(

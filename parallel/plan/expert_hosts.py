@@ -1,0 +1,217 @@
+"""The placement of experts: which ranks have which, within teams of stage replicas.
+
+A *team* is the fewest whole stage replicas of a stage whose ranks are a multiple of
+`parallel.expert`. Its ranks send each other tokens, and together they have each expert: the same
+ones as any other team, spread over as many ranks as the key says. After losses, a team takes in
+what is left of others, so that no rank gets more experts than it needs to. Pure; needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Hosts = tuple[tuple[int, ...], ...]
+"""By expert, the ranks that have it."""
+
+
+def stage_teams(sizes: Sequence[int], expert_ranks: int) -> tuple[range, ...]:
+    """The replicas of each team of a stage.
+
+    Args:
+        sizes: the ranks of each replica.
+        expert_ranks: the ranks over which a team has each expert once.
+    """
+    found: list[range] = []
+    start = ranks = 0
+    for replica, size in enumerate(sizes):
+        ranks += size
+        if ranks % expert_ranks == 0:
+            found.append(range(start, replica + 1))
+            start, ranks = replica + 1, 0
+    if start < len(sizes):  # too few for a team of their own
+        start = found.pop().start if found else start
+        found.append(range(start, len(sizes)))
+    return tuple(found)
+
+
+def first_hosts(team: Sequence[int], experts: int, expert_ranks: int, copies: int = 1) -> Hosts:
+    """The placement of a team's experts at first: neighbours together, as even as numbers allow.
+
+    Args:
+        team: its ranks, a multiple of `expert_ranks` or fewer.
+        copies: those of each expert on `expert_ranks` ranks.
+    """
+    if not experts:
+        return ()
+    if copies == 1:
+        blocks = max(1, len(team) // expert_ranks)
+        size = len(team) // blocks
+        return tuple(
+            tuple(team[block * size + expert * size // experts] for block in range(blocks))
+            for expert in range(experts)
+        )
+    wanted = max(1, min(len(team), copies * len(team) // expert_ranks))
+    slots = -(-experts * wanted // len(team))
+    return overlapping_hosts([wanted] * experts, team, slots)
+
+
+def copies_by_load(loads: Sequence[int], ranks: int, slots: int) -> list[int]:
+    """The copies of each expert: in proportion to its load, by largest remainders; one at least.
+
+    The copies of all fill the slots, as far as no rank has one twice (Lazarus, 2024).
+
+    Args:
+        loads: the choices of each expert.
+        slots: the experts that each of the ranks has.
+    """
+    count, total = len(loads), max(1, sum(loads))
+    free = max(0, ranks * slots - count)
+    exact = [max(0.0, ranks * slots * load / total - 1) for load in loads]
+    scale = free / sum(exact) if sum(exact) else 0.0
+    more = [min(ranks - 1, int(amount * scale)) for amount in exact]
+    order = sorted(range(count), key=lambda e: (more[e] - exact[e] * scale, e))
+    left = free - sum(more)
+    while left > 0 and any(number < ranks - 1 for number in more):
+        for expert in order:
+            if left > 0 and more[expert] < ranks - 1:
+                more[expert] += 1
+                left -= 1
+    return [1 + number for number in more]
+
+
+def overlapping_hosts(
+    copies: Sequence[int], team: Sequence[int], slots: int, loads: Sequence[int] = ()
+) -> Hosts:
+    """The placement with maximum rank overlap: experts that are lost together are lost by few.
+
+    Experts with as many copies share their ranks, so that fewer sets of lost ranks have all copies
+    of some expert (Lazarus, 2024, section 4.2).
+
+    Args:
+        copies: of each expert, at most as many as there are ranks.
+        slots: the experts that a rank has, at most; enough for one copy of each expert.
+        loads: of each expert; those with as many copies are mixed by it.
+    """
+    order = _by_copies(copies, slots, loads or [0] * len(copies))
+    held: list[set[int]] = [set() for _ in team]
+    start = 0
+    for first in range(0, len(order), slots):
+        group = order[first : first + slots]
+        stop = min(len(team), start + max(1, copies[group[0]]))
+        for place in range(start, stop):
+            held[place].update(group)
+        start = stop if stop < len(team) else start
+    left = {expert: copies[expert] - sum(expert in own for own in held) for expert in order}
+    for expert in sorted(order, key=lambda e: (-left[e], e)):
+        by_room = sorted(range(len(team)), key=lambda place: (len(held[place]), place))
+        for place in by_room[: len(team) if left[expert] > 0 else 0]:
+            if left[expert] > 0 and len(held[place]) < slots and expert not in held[place]:
+                held[place].add(expert)
+                left[expert] -= 1
+    return tuple(
+        tuple(team[place] for place, own in enumerate(held) if expert in own)
+        for expert in range(len(copies))
+    )
+
+
+def _by_copies(copies: Sequence[int], slots: int, loads: Sequence[int]) -> list[int]:
+    """The experts by copies; of as many, each run of `slots` has about as much load."""
+    found: list[int] = []
+    for number in sorted(set(copies)):
+        run = [expert for expert, count in enumerate(copies) if count == number]
+        run.sort(key=lambda expert: (-loads[expert], expert))
+        groups = -(-len(run) // slots)
+        for group in range(groups):
+            found += run[group::groups]
+    return found
+
+
+def relabeled(hosts: Hosts, before: Hosts, team: Sequence[int]) -> Hosts:
+    """The same placement with ranks exchanged, so that few experts move."""
+    wanted, had = (_by_rank(placed, team) for placed in (hosts, before))
+    overlaps = sorted(
+        ((-len(own & had[rank]), place, rank) for place, own in wanted.items() for rank in team),
+    )
+    taken: dict[int, int] = {}
+    free = set(team)
+    for _, place, rank in overlaps:
+        if place not in taken and rank in free:
+            taken[place] = rank
+            free.discard(rank)
+    return tuple(tuple(sorted(taken[place] for place in placed)) for placed in hosts)
+
+
+def _by_rank(hosts: Hosts, team: Sequence[int]) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {rank: set() for rank in team}
+    for expert, ranks in enumerate(hosts):
+        for rank in ranks:
+            if rank in found:
+                found[rank].add(expert)
+    return found
+
+
+def unevenness(hosts: Hosts, team: Sequence[int], loads: Sequence[int]) -> float:
+    """The work of the rank with most over the mean, if copies of an expert share its evenly."""
+    work = dict.fromkeys(team, 0.0)
+    for ranks, load in zip(hosts, loads, strict=True):
+        here = [rank for rank in ranks if rank in work]
+        for rank in here:
+            work[rank] += load / len(here)
+    return max(work.values()) * len(work) / max(1, sum(loads))
+
+
+def next_hosts(
+    before: Hosts,
+    team: Sequence[int],
+    *,
+    levels: bool,
+    copies: Sequence[int] = (),
+    slots: int = 0,
+    loads: Sequence[int] = (),
+) -> Hosts:
+    """The placement after a change of a team's ranks: experts stay where they are if they can.
+
+    Those without a rank go to the ranks with the fewest.
+
+    Args:
+        before: by expert, the ranks that had it, of this team and others.
+        levels: whether experts move from the ranks with most to those with fewest.
+        copies: with `levels`: the copies of each expert that are wanted; empty: as many as stay.
+        slots: with `copies`: the experts that a rank has at most.
+        loads: with `copies`: of each expert.
+    """
+    if levels and copies:
+        return relabeled(overlapping_hosts(copies, team, slots, loads), before, team)
+    members = set(team)
+    found = [[rank for rank in ranks if rank in members] for ranks in before]
+    load = dict.fromkeys(team, 0)
+    for ranks in found:
+        for rank in ranks:
+            load[rank] += 1
+    for ranks in found:
+        if not ranks:
+            rank = min(team, key=load.__getitem__)
+            ranks.append(rank)
+            load[rank] += 1
+    if levels:
+        _level(found, load)
+    return tuple(map(tuple, found))
+
+
+def _level(found: list[list[int]], load: dict[int, int]) -> None:
+    """Move experts from the ranks with most to those with fewest, until these have one less."""
+    held: dict[int, list[int]] = {rank: [] for rank in load}
+    for expert, ranks in enumerate(found):
+        for rank in ranks:
+            held[rank].append(expert)
+    while True:
+        fullest, emptiest = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
+        if load[fullest] - load[emptiest] < 2:
+            return
+        known = set(held[emptiest])
+        expert = next(e for e in reversed(held[fullest]) if e not in known)
+        held[fullest].remove(expert)
+        held[emptiest].append(expert)
+        found[expert][found[expert].index(fullest)] = emptiest
+        load[fullest] -= 1
+        load[emptiest] += 1

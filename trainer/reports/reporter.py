@@ -157,7 +157,9 @@ class Reporter:
         layers = dict(zip(names, norms, strict=True))
         outputs = {
             layer.name: output or (None, None)
-            for layer, output in zip(plan.layers, outcome.layer_outputs, strict=False)
+            for layer, output in zip(
+                plan.layers if outcome.layer_outputs else (), outcome.layer_outputs, strict=False
+            )
         }
         loads = {
             layer.name: load_of(choices)

@@ -202,19 +202,23 @@ class ShardedOptimizer:
         self.owned_state.restart()
 
     def begin_step(
-        self, offers: Mapping[nn.Parameter, int], sending: Callable[[], None] = lambda: None
+        self,
+        offers: Mapping[nn.Parameter, int],
+        sending: Callable[[], None] = lambda: None,
+        only: frozenset[int] | None = None,
     ) -> None:
         """Begin a step: gradients are added from now on, and leave when they are complete. Local.
 
         Args:
             offers: the number of gradients that each parameter is offered in this step.
             sending: called in another thread once the first sums are on their way.
+            only: the micro-batches that are computed; None: all.
         """
         if self._sharing is None:
             self._exchange.begin(sending)
         else:
             self._exchange.begin(lambda: None)
-            self._sharing.begin(self._exchange.complete, sending)
+            self._sharing.begin(self._exchange.complete, sending, only)
         self.go_on(offers)
 
     def go_on(self, offers: Mapping[nn.Parameter, int]) -> None:

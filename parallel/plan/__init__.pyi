@@ -64,6 +64,7 @@ from .serialization import (
 from .sharding import (
     Contribution as Contribution,
     KeptKind as KeptKind,
+    ShardGroup as ShardGroup,
     all_keepers as all_keepers,
     are_aligned as are_aligned,
     contribution_order as contribution_order,

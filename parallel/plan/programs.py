@@ -58,7 +58,7 @@ def own_program(plan: Plan, rank: int) -> Program:
     at = plan.stage_replicas.find(rank)
     if at is None or not plan.is_regular or plan.spreads_experts:
         return compute_program(plan, rank)
-    return _regular_program(plan, "train", compute_programs, at)
+    return _regular_program(plan, "train", compute_programs, at, len(plan.micro_batches[at.data]))
 
 
 def team_micro_batches(plan: Plan, rank: int, only: frozenset[int] | None = None) -> int | None:
@@ -94,9 +94,11 @@ def _compute_program(
         return ()
     if plan.spreads_experts:
         return _in_team(plan, kind, at, only, generate)
-    if plan.is_regular and only is None:
+    if plan.is_regular:
         numbers = plan.micro_batches[at.data]
-        local = _regular_program(plan, kind, generate, at)
+        if only is not None:
+            numbers = tuple(number for number in numbers if number in only)
+        local = _regular_program(plan, kind, generate, at, len(numbers))
         return tuple(replace(a, micro_batch=numbers[a.micro_batch]) for a in local)
     return _rerouted(plan, kind, at, only, generate)
 
@@ -138,9 +140,12 @@ def message_units(plan: Plan, rank: int, peer: int, *, sends: bool) -> tuple[int
     return routes[shard_of(receiver)].get(shard_of(sender), ())
 
 
-def _regular_program(plan: Plan, kind: str, generate: _Generator, at: Coordinates) -> Program:
+def _regular_program(
+    plan: Plan, kind: str, generate: _Generator, at: Coordinates, micro_batches: int
+) -> Program:
     """The program at a place of a regular plan, with its replica's micro-batches from 0 on."""
-    micro_batches = len(plan.micro_batches[at.data])
+    if not micro_batches:
+        return ()
     programs = plan.derived(
         "regular programs",
         (kind, micro_batches),

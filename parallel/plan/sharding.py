@@ -160,17 +160,24 @@ def _positions(plan: Plan, kept: KeptKind) -> Mapping[int, tuple[int, int]]:
     return plan.derived("shard positions", kept, find)
 
 
-def are_aligned(plan: Plan, group: ShardGroup) -> bool:
+def are_aligned(plan: Plan, group: ShardGroup, only: frozenset[int] | None = None) -> bool:
     """Whether the ranks of a group do the same things in the same order, as far as each goes.
 
     Then a rank may wait until others have taken what it sends, and until they are about as far as
     it is: of all ranks, the one that is behind waits for none. Otherwise ranks could wait for each
     other in a circle, because one computes forwards where another sends gradients.
+
+    Args:
+        only: the micro-batches that are computed; None: all.
     """
     if plan.stage_replicas.pipeline > 1:
-        return plan.is_regular and len({len(numbers) for numbers in plan.micro_batches}) == 1
+        counts = {
+            len(numbers) if only is None else len(only.intersection(numbers))
+            for numbers in plan.micro_batches
+        }
+        return plan.is_regular and len(counts) == 1
     orders = [
-        [(action.op, action.chunk) for action in training_program(plan, rank)]
+        [(action.op, action.chunk) for action in training_program(plan, rank, only)]
         for rank in group.ranks
     ]
     longest = max(orders, key=len)
@@ -181,11 +188,17 @@ Contribution = tuple[int, int]
 """(micro-batch, layer): a layer's gradients of one micro-batch."""
 
 
-def contribution_order(plan: Plan, rank: int) -> tuple[Contribution, ...]:
-    """The contributions of a rank in a step, in the order in which they are sent."""
+def contribution_order(
+    plan: Plan, rank: int, only: frozenset[int] | None = None
+) -> tuple[Contribution, ...]:
+    """The contributions of a rank in a step, in the order in which they are sent.
+
+    Args:
+        only: the micro-batches that are computed; None: all.
+    """
     return tuple(
         (action.micro_batch, layer)
-        for action in training_program(plan, rank)
+        for action in training_program(plan, rank, only)
         if action.op in _WEIGHT_GRADIENTS
         for layer in reversed(plan.layers_of(action.chunk))
     )

@@ -82,11 +82,6 @@ def test_a_ramp_that_cannot_be_is_refused(ramp: list[tuple[int, int]], said: str
         check_config(config_of(train={"batch_ramp": stages}, parallel={"data": 2}))
 
 
-def test_what_replicas_share_travels_by_whole_steps() -> None:
-    with pytest.raises(ConfigError, match=r"batch_ramp with parallel.shard = 'gradients'"):
-        check_config(config_of(parallel={"data": 2, "shard": "gradients"}))
-
-
 def config_of(**sections: Any) -> RunConfig:
     return make_config(model=MODEL, train={**TRAIN, **sections.pop("train", {})}, **sections)
 
@@ -103,6 +98,9 @@ def expected(cluster: Cluster) -> dict[str, Any]:
         {"data": 4},
         {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
         {"data": 2, "micro_batch_order": "shuffled"},
+        {"data": 4, "shard": "parameters", "shard_group": 2},
+        {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "shard": "gradients"},
+        {"data": 2, "micro_batch_order": "shuffled", "schedule": "gpipe", "shard": "parameters"},
     ],
     ids=str,
 )
@@ -128,13 +126,14 @@ def test_a_run_goes_on_within_the_ramp_and_counts_its_tokens(
 
 
 @pytest.mark.mp
+@pytest.mark.parametrize("shard", ["optimizer", "parameters"])
 def test_ranks_that_die_within_the_ramp_and_their_replacements_change_no_bit(
-    start: Starter, expected: dict[str, Any]
+    start: Starter, expected: dict[str, Any], shard: str
 ) -> None:
     run = start(
         model=MODEL,
         train=TRAIN,
-        parallel={"data": 2, "pipeline": 2},
+        parallel={"data": 2, "pipeline": 2, "shard": shard},
         elastic=pace(
             {
                 "verify_every": 1,

@@ -216,12 +216,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"a step has {train.global_batch // train.micro_batch} micro-batches, fewer than "
             f"parallel.data = {data} replicas; lower parallel.data or raise train.global_batch"
         )
-    shard = config.parallel.shard
-    if train.batch_ramp and shard != "optimizer":
-        yield (
-            f"train.batch_ramp with parallel.shard = {shard!r}: shared gradients and parameters "
-            "travel by whole steps; use parallel.shard = 'optimizer', or leave the ramp out"
-        )
     yield from ramp_problems(train, max(1, data))
     if train.seq_len > config.model.max_seq_len:
         yield (

@@ -288,10 +288,9 @@ class Training:
             only = self.to_compute(step)
             program = self._rest_of(step)
         offers = self._offers(program[0], only)
-        self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"))
-        with self._layers_of(
-            partial(training_program, self.plan, only=only), lambda: at(step + 1, "prefetch")
-        ):
+        program_of = partial(training_program, self.plan, only=only)
+        self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"), only)
+        with self._layers_of(program_of, lambda: at(step + 1, "prefetch"), only):
             try:
                 return self.executor.run(*program)
             except OffloadError as error:
@@ -304,12 +303,15 @@ class Training:
 
     @contextmanager
     def _layers_of(
-        self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None
+        self,
+        program_of: Callable[[int], Program],
+        receiving: Callable[[], None] = lambda: None,
+        only: frozenset[int] | None = None,
     ) -> Iterator[None]:
         """Have the parameters of layers that replicas share in memory while a program uses them."""
         layers = self.model.layers
         if layers is not None:
-            layers.begin(program_of, receiving)
+            layers.begin(program_of, receiving, only)
         yield
         if layers is not None:
             layers.end()

@@ -12,6 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from holdfast.parallel.plan import (
     MESSAGES_AHEAD,
     Contribution,
     Plan,
+    ShardGroup,
     are_aligned,
     contribution_order,
     shard_group,
@@ -41,6 +43,18 @@ class _Piece:
     parameter: nn.Parameter
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """The contributions of steps with some micro-batches."""
+
+    only: frozenset[int] | None
+    """The micro-batches; None: all."""
+    of: Mapping[int, tuple[Contribution, ...]]
+    """By rank of the group, its contributions in the order in which it sends them."""
+    most_bytes: float
+    """The bytes on their way to other keepers, at most."""
 
 
 @dataclass(slots=True)
@@ -92,11 +106,11 @@ class GradientSharing:
         self._rank = rank
         self._shares = shares = layer_shares(plan, rank, buffer, "gradients")
         group = shard_group(plan, rank, "gradients")
-        self._orders = {peer: contribution_order(plan, peer) for peer in group.ranks}
-        """By rank of the group, its contributions in the order in which it sends them."""
         largest = max((found.place.elements for found in shares.values()), default=0)
         bound = staged_bytes(largest * dtype.itemsize * len(accumulator.slices.own))
-        self._most_bytes = bound if are_aligned(plan, group) else float("inf")
+        self._order = partial(_orders, plan, group, bound)
+        self._orders = self._order(None)
+        """Those of the step, or of the one before."""
         self._accumulator, self._comm, self._dtype = accumulator, comm, dtype
         self._device = buffer.values.device
         self._layer_of = {p: layer for layer, found in shares.items() for p in found.parameters}
@@ -114,16 +128,22 @@ class GradientSharing:
         accumulator.keep(kept, frozenset(self._layer_of))
 
     def begin(
-        self, complete: Callable[[Iterable[nn.Parameter]], None], sending: Callable[[], None]
+        self,
+        complete: Callable[[Iterable[nn.Parameter]], None],
+        sending: Callable[[], None],
+        only: frozenset[int] | None = None,
     ) -> None:
         """Begin a step. Local; does not wait.
 
         Args:
             complete: called with parameters whose kept sums get no more gradients. From any thread.
             sending: called once the first gradients are on their way.
+            only: the micro-batches that are computed; None: all.
         """
         before = self._step
         assert before is None or before.thread is None, "the step before has not ended"
+        if self._orders.only != only:
+            self._orders = self._order(only)
         self._step = step = _Step(complete, sending)
         step.thread = threading.Thread(
             target=self._run, args=(step,), name="holdfast-gradients-shared", daemon=True
@@ -141,7 +161,7 @@ class GradientSharing:
         layer = self._layer_of[parameter]
         found = step.gradients.setdefault((micro_batch, layer), {})
         found.setdefault(parameter, []).append(gradient.reshape(-1))
-        order = self._orders[self._rank]
+        order = self._orders.of[self._rank]
         while step.next < len(order) and self._is_whole(step, order[step.next]):
             contribution = order[step.next]
             self._hand_over(step, contribution[1], step.gradients.pop(contribution, {}))
@@ -156,7 +176,7 @@ class GradientSharing:
         self, step: _Step, layer: int, found: Mapping[nn.Parameter, Sequence[Tensor]]
     ) -> None:
         """Send a layer's gradients to the other keepers, and keep this rank's own part."""
-        size = 1 + max(self._orders)
+        size = 1 + max(self._orders.of)
         for keeper, pieces in sorted(
             self._pieces.get(layer, {}).items(), key=lambda item: (item[0] - self._rank - 1) % size
         ):
@@ -169,7 +189,7 @@ class GradientSharing:
             if keeper == self._rank:
                 self._keep(step, message)
                 continue
-            while step.sent and step.staged + message.nbytes > self._most_bytes:
+            while step.sent and step.staged + message.nbytes > self._orders.most_bytes:
                 handle, freed = step.sent.popleft()
                 handle.wait()
                 step.staged -= freed
@@ -185,7 +205,7 @@ class GradientSharing:
             mark = torch.cuda.Event()
             mark.record(torch.cuda.current_stream(self._device))
         with self._changed:
-            most_bytes = self._most_bytes / len(self._orders)
+            most_bytes = self._orders.most_bytes / len(self._orders.of)
             while step.own and step.own_bytes + message.nbytes > most_bytes:
                 if step.error is not None:
                     raise step.error
@@ -236,11 +256,12 @@ class GradientSharing:
 
     def _add_all(self, step: _Step) -> int:
         """Add the group's gradients to this rank's sums: by place, then by rank."""
-        longest = max(map(len, self._orders.values()), default=0)
+        orders = self._orders.of
+        longest = max(map(len, orders.values()), default=0)
         awaited = [
             (place, peer, order[place][1])
             for place in range(longest)
-            for peer, order in self._orders.items()
+            for peer, order in orders.items()
             if place < len(order) and self._takes(peer, order[place][1])
         ]
         left = Counter(layer for _, _, layer in awaited)
@@ -274,7 +295,7 @@ class GradientSharing:
         self, step: _Step, awaited: Sequence[tuple[int, int, int]]
     ) -> Iterator[tuple[int, Tensor]]:
         """Each gradient that belongs to this rank's sums, with its layer, in order."""
-        ahead = max(MESSAGES_AHEAD, len(self._orders))
+        ahead = max(MESSAGES_AHEAD, len(self._orders.of))
         posted: deque[tuple[Handle, Tensor]] = deque()
         others = iter([entry for entry in awaited if entry[1] != self._rank])
 
@@ -311,6 +332,16 @@ class GradientSharing:
             stream.wait_event(mark)
             message.record_stream(stream)
         return message
+
+
+def _orders(plan: Plan, group: ShardGroup, bound: int, only: frozenset[int] | None) -> _Orders:
+    """The contributions of a group's ranks.
+
+    Args:
+        bound: the bytes on their way at most, where ranks may wait for each other.
+    """
+    of = {peer: contribution_order(plan, peer, only) for peer in group.ranks}
+    return _Orders(only, of, bound if are_aligned(plan, group, only) else float("inf"))
 
 
 def shared_gradients(

@@ -21,7 +21,14 @@ from holdfast.parallel.comm import LAYERS, Communicator, Handle
 from holdfast.parallel.optimizer.exchange import ParameterArrival, spread
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
 from holdfast.parallel.optimizer.sharding.shares import LayerShares, layer_shares
-from holdfast.parallel.plan import LAYERS_AHEAD, Plan, are_aligned, shard_group, use_order
+from holdfast.parallel.plan import (
+    LAYERS_AHEAD,
+    Plan,
+    ShardGroup,
+    are_aligned,
+    shard_group,
+    use_order,
+)
 from holdfast.parallel.schedules import Program
 
 _SENT_AHEAD = 4
@@ -63,6 +70,8 @@ class _Uses:
 
     orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """By rank of the group, the layers that it uses, in order."""
+    is_aligned: bool = False
+    """Whether the ranks do the same things in the same order; see `are_aligned`."""
     begun: int = 0
     """This rank's uses so far."""
     posted: int = 0
@@ -101,8 +110,9 @@ class LayerParameters:
         self._plan: Plan | None = None
         self._rank = -1
         self._comm: Communicator | None = None
-        self._group: tuple[int, ...] = ()
-        self._is_aligned = False
+        self._group = ShardGroup(())
+        self._aligned: dict[frozenset[int] | None, bool] = {}
+        """By the micro-batches of a step, whether the ranks do the same in the same order."""
         self._shares: Mapping[int, LayerShares] = {}
         self._uses = _Uses()
         self._receiving: Callable[[], None] = lambda: None
@@ -115,7 +125,7 @@ class LayerParameters:
         self.cancel()
         self._plan, self._rank, self._comm = plan, rank, comm
         group = shard_group(plan, rank, "parameters")
-        self._group, self._is_aligned = group.ranks, are_aligned(plan, group)
+        self._group, self._aligned = group, {}
         self._shares = layer_shares(plan, rank, self._buffer, "parameters")
 
     def _gated(
@@ -128,19 +138,26 @@ class LayerParameters:
         return list(_BeforeBackward.apply(lambda: self.use(layer), *outputs))
 
     def begin(
-        self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None
+        self,
+        program_of: Callable[[int], Program],
+        receiving: Callable[[], None] = lambda: None,
+        only: frozenset[int] | None = None,
     ) -> None:
         """Begin a program; the first parameters are on their way from now on. Local.
 
         Args:
             program_of: returns the program of each rank.
             receiving: called once parameters of later uses are on their way as well.
+            only: the micro-batches that are computed; None: all.
         Raises:
             PeerLost: an owner is gone.
         """
         plan = self._plan
         assert plan is not None
-        self._uses = _Uses({peer: use_order(plan, program_of(peer)) for peer in self._group})
+        if only not in self._aligned:
+            self._aligned[only] = are_aligned(plan, self._group, only)
+        orders = {peer: use_order(plan, program_of(peer)) for peer in self._group.ranks}
+        self._uses = _Uses(orders, self._aligned[only])
         self._receiving = receiving
         self._receive_ahead()
         self._send_ahead()
@@ -194,15 +211,16 @@ class LayerParameters:
 
     def _others(self) -> Sequence[int]:
         """The other ranks of the group, each rank beginning with the one behind it."""
-        place = self._group.index(self._rank)
-        return self._group[place + 1 :] + self._group[:place]
+        ranks = self._group.ranks
+        place = ranks.index(self._rank)
+        return ranks[place + 1 :] + ranks[:place]
 
     def _send_ahead(self, *, all_uses: bool = False) -> None:
         """Send this rank's share to the others, for their uses up to some beyond its own."""
         uses, comm = self._uses, self._comm
         assert comm is not None
         last = max(map(len, uses.orders.values()), default=0)
-        if self._is_aligned and not all_uses:
+        if uses.is_aligned and not all_uses:
             last = min(last, uses.begun + _SENT_AHEAD)
         while uses.served < last:
             for peer in self._others():

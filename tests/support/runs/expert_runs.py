@@ -126,7 +126,7 @@ def hidden_at_the_head(
 
     run_config = convert_config(config)
     found: list[Any] = []
-    context_of, loss_of = MicroBatches.context, Head._loss
+    context_of, losses_of = MicroBatches.context, Head.forward
 
     def changed(self: MicroBatches, passage: Any) -> Any:
         context = context_of(self, passage)
@@ -135,15 +135,15 @@ def hidden_at_the_head(
         tokens = (context.batch.tokens + others) % run_config.model.vocab
         return replace(context, batch=context.batch._replace(tokens=tokens))
 
-    def kept(self: Any, value: Tensor, context: Any, *rest: Any) -> Any:
-        loss = loss_of(self, value, context, *rest)
+    def kept(self: Any, values: list[Tensor], context: Any) -> Any:
+        losses = losses_of(self, values, context)
         if context.micro_batch == 0:
-            found.append((value.tolist(), loss.item()))
-        return loss
+            found.append(([value.tolist() for value in values], [loss.item() for loss in losses]))
+        return losses
 
     with (
         mock.patch.object(MicroBatches, "context", changed),
-        mock.patch.object(Head, "_loss", kept),
+        mock.patch.object(Head, "forward", kept),
     ):
         training = open_training(run_config, local_world(rank, world_size), store)
         training.compute(0)

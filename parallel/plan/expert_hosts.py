@@ -34,6 +34,14 @@ def stage_teams(sizes: Sequence[int], expert_ranks: int) -> tuple[range, ...]:
     return tuple(found)
 
 
+def of_all_teams(of_teams: Sequence[Hosts]) -> Hosts:
+    """The ranks of each expert, from those in each team of a stage."""
+    return tuple(
+        tuple(rank for ranks in of_expert for rank in ranks)
+        for of_expert in zip(*of_teams, strict=True)
+    )
+
+
 def first_hosts(team: Sequence[int], experts: int, expert_ranks: int, copies: int = 1) -> Hosts:
     """The placement of a team's experts at first: neighbours together, as even as numbers allow.
 

@@ -22,7 +22,7 @@ from holdfast.parallel.layout import (
     expert_count,
     held_rows,
 )
-from holdfast.parallel.plan.expert_hosts import Hosts, first_hosts, stage_teams
+from holdfast.parallel.plan.expert_hosts import Hosts, first_hosts, of_all_teams, stage_teams
 from holdfast.parallel.plan.ownership import (
     Block,
     BlockKey,
@@ -312,7 +312,7 @@ class Plan:
             for axis in self.configured_mesh.axes_inside
         }
         if self.spreads_experts:
-            groups["experts"] = self.team_ranks(rank)
+            groups["experts"] = self.team_of_rank(rank)
         return groups if len(groups) == 1 else {**groups, "shards": replica}
 
     def chunk_of_layer(self, layer: int) -> int:
@@ -346,14 +346,20 @@ class Plan:
         """The replicas of the team of one."""
         return next(team for team in self.teams(stage) if replica in team)
 
-    def team_ranks(self, rank: int) -> tuple[int, ...]:
+    def team_ranks(self, stage: int) -> list[tuple[int, ...]]:
+        """The ranks of each team of a stage, by replica."""
+        replicas = self.stage_replicas.stages[stage]
+        return [
+            tuple(rank for replica in team for rank in replicas[replica])
+            for team in self.teams(stage)
+        ]
+
+    def team_of_rank(self, rank: int) -> tuple[int, ...]:
         """The ranks of a rank's team, by replica; a spare is alone."""
         at = self.stage_replicas.find(rank)
         if at is None:
             return (rank,)
-        replicas = self.stage_replicas.stages[at.pipeline]
-        team = self.team_of(at.pipeline, at.data)
-        return tuple(member for replica in team for member in replicas[replica])
+        return next(ranks for ranks in self.team_ranks(at.pipeline) if rank in ranks)
 
     def hosts(self, layer: int) -> Hosts:
         """By expert of a layer, the ranks that have it, team after team."""
@@ -361,24 +367,12 @@ class Plan:
             return self.given_hosts[layer]
         experts = self.derived("experts of layers", layer, lambda: expert_count(self.layers[layer]))
         stage = self.stage_of_layer(layer)
-
-        def first() -> Hosts:
-            replicas = self.stage_replicas.stages[stage]
-            of_teams = [
-                first_hosts(
-                    [rank for replica in team for rank in replicas[replica]],
-                    experts,
-                    self.expert_ranks,
-                    self.expert_copies,
-                )
-                for team in self.teams(stage)
-            ]
-            return tuple(
-                tuple(rank for ranks in of_expert for rank in ranks)
-                for of_expert in zip(*of_teams, strict=True)
-            )
-
-        return self.derived("first hosts", (stage, experts), first)
+        sizes = experts, self.expert_ranks, self.expert_copies
+        return self.derived(
+            "first hosts",
+            (stage, experts),
+            lambda: of_all_teams([first_hosts(team, *sizes) for team in self.team_ranks(stage)]),
+        )
 
     def experts_of(self, rank: int, layer: int) -> tuple[int, ...]:
         """The experts of a layer that a rank has, where they are spread."""

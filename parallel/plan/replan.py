@@ -20,6 +20,7 @@ from holdfast.parallel.plan.expert_hosts import (
     Hosts,
     copies_by_load,
     next_hosts,
+    of_all_teams,
     unevenness,
 )
 from holdfast.parallel.plan.formation import Roster, next_stage_replicas, replica_sizes
@@ -133,16 +134,13 @@ def _hosts(
         of_layer = tuple(loads[layer][: len(hosts)]) if loads and coming is None else ()
         key = stage, hosts, of_layer
         if key not in known:
-            replicas = after.stage_replicas.stages[stage]
-            of_teams = [
-                _hosts_of_team(after, hosts, [r for k in team for r in replicas[k]], of_layer)
-                if levels and hosts
-                else next_hosts(hosts, [r for k in team for r in replicas[k]], levels=False)
-                for team in after.teams(stage)
-            ]
-            known[key] = tuple(
-                tuple(rank for ranks in of_expert for rank in ranks)
-                for of_expert in zip(*of_teams, strict=True)
+            known[key] = of_all_teams(
+                [
+                    _hosts_of_team(after, hosts, team, of_layer)
+                    if levels and hosts
+                    else next_hosts(hosts, team, levels=False)
+                    for team in after.team_ranks(stage)
+                ]
             )
         found.append(known[key])
     return tuple(found)
@@ -181,11 +179,9 @@ def would_move_experts(plan: Plan, loads: Sequence[Sequence[int]]) -> bool:
     worst = better = 1.0
     following = _hosts(plan, plan, loads, levels=True)
     for layer, hosts in enumerate(following):
-        replicas = plan.stage_replicas.stages[plan.stage_of_layer(layer)]
-        for team in plan.teams(plan.stage_of_layer(layer)) if hosts else ():
-            ranks = [rank for replica in team for rank in replicas[replica]]
-            worst = max(worst, unevenness(plan.hosts(layer), ranks, loads[layer][: len(hosts)]))
-            better = max(better, unevenness(hosts, ranks, loads[layer][: len(hosts)]))
+        for team in plan.team_ranks(plan.stage_of_layer(layer)) if hosts else ():
+            worst = max(worst, unevenness(plan.hosts(layer), team, loads[layer][: len(hosts)]))
+            better = max(better, unevenness(hosts, team, loads[layer][: len(hosts)]))
     return worst > _UNEVEN and better < (1 - _WORTH) * worst
 
 

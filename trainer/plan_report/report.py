@@ -202,9 +202,9 @@ def _experts_text(plan: Plan) -> str:
     """The spread of experts, e.g. "16 over 8 ranks, 2 each; 8 replicas work together"."""
     layers = range(len(plan.layers))
     layer = max(layers, key=lambda number: len(plan.hosts(number)))
-    team = plan.teams(plan.stage_of_layer(layer))[0]
-    ranks = plan.team_ranks(plan.stage_replicas.stages[plan.stage_of_layer(layer)][0][0])
-    counts = sorted({len(plan.experts_of(rank, layer)) for rank in ranks})
+    stage = plan.stage_of_layer(layer)
+    team = plan.teams(stage)[0]
+    counts = sorted({len(plan.experts_of(rank, layer)) for rank in plan.team_ranks(stage)[0]})
     each = " or ".join(map(str, counts))
     return (
         f"{len(plan.hosts(layer))} over {plan.expert_ranks} ranks, {each} each; "

@@ -152,7 +152,7 @@ def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> Exp
     """The ranks among which a rank's tokens go to experts; None: those of its tensor group."""
     if not plan.spreads_experts or plan.stage_replicas.find(rank) is None:
         return None
-    ranks = plan.team_ranks(rank)
+    ranks = plan.team_of_rank(rank)
     place = {member: index for index, member in enumerate(ranks)}
     replicas = [
         (plan.stage_replicas.coordinates(member).data, plan.mesh_of(member).along(shard)["context"])

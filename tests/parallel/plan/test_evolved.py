@@ -63,7 +63,7 @@ def derived(plan: Plan) -> dict[str, Any]:
             for layer in range(len(plan.layers))
             if plan.spreads_experts
         ],
-        "teams": [plan.team_ranks(rank) for rank in ranks],
+        "teams": [plan.team_of_rank(rank) for rank in ranks],
     }
 
 

@@ -106,7 +106,7 @@ def check(plan: Plan, only: frozenset[int] | None = None) -> None:
             if plan.stage_replicas.find(rank) is None:
                 continue
             order = [(a.op, a.chunk, a.stretch) for a in program if a.op in COMPUTE]
-            for peer in plan.team_ranks(rank):
+            for peer in plan.team_of_rank(rank):
                 theirs = found[peer]
                 assert [(a.op, a.chunk, a.stretch) for a in theirs if a.op in COMPUTE] == order
             assert all(a.micro_batch >= 0 for a in program if a.op not in COMPUTE)

@@ -170,7 +170,7 @@ def test_loads_of_seventy_thousand_tokens_that_differ_by_one_are_no_equal_ones()
 
     with mock.patch.object(Router, "_best", in_turn):
         context = MicroBatchContext(0, 0, True, None)
-        layer(value, context, 0, [chunk.queue], {}).sum().backward()
+        layer([value], context, [[chunk.queue]], {})[0].sum().backward()
     (loads,) = sink.found
     assert (loads.double() / LOAD_UNIT).tolist() == [35_001, 35_000]
     bias = torch.zeros(2)

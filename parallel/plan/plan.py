@@ -367,12 +367,12 @@ class Plan:
             return self.given_hosts[layer]
         experts = self.derived("experts of layers", layer, lambda: expert_count(self.layers[layer]))
         stage = self.stage_of_layer(layer)
-        sizes = experts, self.expert_ranks, self.expert_copies
-        return self.derived(
-            "first hosts",
-            (stage, experts),
-            lambda: of_all_teams([first_hosts(team, *sizes) for team in self.team_ranks(stage)]),
-        )
+
+        def first() -> Hosts:
+            sizes = experts, self.expert_ranks, self.expert_copies
+            return of_all_teams([first_hosts(team, *sizes) for team in self.team_ranks(stage)])
+
+        return self.derived("first hosts", (stage, experts), first)
 
     def experts_of(self, rank: int, layer: int) -> tuple[int, ...]:
         """The experts of a layer that a rank has, where they are spread."""

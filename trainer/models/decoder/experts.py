@@ -105,8 +105,8 @@ class Experts(nn.Module):
             for number, value in zip(context.slices.own, values, strict=True)
         ]
         chosen = [experts for experts, _ in routed]
-        weights = torch.cat([of_slice for _, of_slice in routed])
-        flat = torch.cat([value.flatten(0, 1) for value in values])
+        weights = _in_one([of_slice for _, of_slice in routed])
+        flat = _in_one([value.flatten(0, 1) for value in values])
         arriving, shared = self._dispatched(flat, chosen, context), None
         if self.shared is not None:  # beside the tokens' way
             shared = self.shared(values, context, queues, decisions)
@@ -230,6 +230,11 @@ class Experts(nn.Module):
         learned = batch.learned().t()[context.slices.tokens(number)]
         first = self._tp.index * length if self._tp.sequence_parallel else 0
         return learned[first : first + length].flatten().nonzero().flatten()
+
+
+def _in_one(of_slices: Sequence[Tensor]) -> Tensor:
+    """The rows of all slices; those of a single one are not copied."""
+    return of_slices[0] if len(of_slices) == 1 else torch.cat(list(of_slices))
 
 
 def _fields(choices: Choices) -> tuple[Tensor, ...]:

@@ -43,7 +43,7 @@ def buffer_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool, se
     Args:
         sent: the elements of sums that the rank sends to owners in a step; it receives as many.
     """
-    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+    layers = plan.layers_at(rank)
     sizes = [sum(row.spec.elements for row in plan.rows_of(rank, layer)) for layer in layers]
     largest = max(sizes, default=0) * precision.bytes
     found = 0

@@ -135,8 +135,7 @@ def exchanged_bytes(
 
     split = sum(
         row.spec.elements
-        for chunk in plan.chunks_of(rank)
-        for layer in plan.layers_of(chunk)
+        for layer in plan.layers_at(rank)
         for row in plan.rows_of(rank, layer)
         if row.spec.whole not in (None, row.spec.box)
     )
@@ -241,11 +240,7 @@ def between_stretches_bytes(plan: Plan, rank: int) -> int:
 
 def held_elements(plan: Plan, rank: int) -> int:
     """The number of parameters that a rank holds, in all of its chunks."""
-    return sum(
-        layer_elements(plan, rank, layer)
-        for chunk in plan.chunks_of(rank)
-        for layer in plan.layers_of(chunk)
-    )
+    return sum(layer_elements(plan, rank, layer) for layer in plan.layers_at(rank))
 
 
 def _alone_elements(plan: Plan, rank: int) -> float:
@@ -254,7 +249,7 @@ def _alone_elements(plan: Plan, rank: int) -> float:
     if not plan.spreads_experts:
         return 0.0
     found = 0.0
-    for layer in (layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)):
+    for layer in plan.layers_at(rank):
         hosts = plan.hosts(layer)
         for *_, spec in plan.rows_of(rank, layer):
             if spec.expert is not None:
@@ -269,8 +264,7 @@ def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
     keeps = keeping(plan, rank, kept)
     return sum(
         block.elements
-        for chunk in plan.chunks_of(rank)
-        for layer in plan.layers_of(chunk)
+        for layer in plan.layers_at(rank)
         for _, part, row, _ in plan.rows_of(rank, layer)
         for block in plan.blocks_of(layer, part, row)
         if keeps(block, layer)

@@ -58,9 +58,18 @@ def first_hosts(team: Sequence[int], experts: int, expert_ranks: int, copies: in
             tuple(team[block * size + expert * size // experts] for block in range(blocks))
             for expert in range(experts)
         )
-    wanted = max(1, min(len(team), copies * len(team) // expert_ranks))
+    wanted = even_copies(team, expert_ranks, copies)
     slots = -(-experts * wanted // len(team))
     return overlapping_hosts([wanted] * experts, team, slots)
+
+
+def even_copies(team: Sequence[int], expert_ranks: int, copies: int) -> int:
+    """The copies of each expert in a team, where all have as many.
+
+    Args:
+        copies: those on `expert_ranks` ranks.
+    """
+    return max(1, min(len(team), copies * len(team) // expert_ranks))
 
 
 def copies_by_load(loads: Sequence[int], ranks: int, slots: int) -> list[int]:
@@ -136,9 +145,11 @@ def _by_copies(copies: Sequence[int], slots: int, loads: Sequence[int]) -> list[
 
 def relabeled(hosts: Hosts, before: Hosts, team: Sequence[int]) -> Hosts:
     """The same placement with ranks exchanged, so that few experts move."""
-    wanted, had = (_by_rank(placed, team) for placed in (hosts, before))
+    wanted, had = (experts_by_rank(placed) for placed in (hosts, before))
     overlaps = sorted(
-        ((-len(own & had[rank]), place, rank) for place, own in wanted.items() for rank in team),
+        (-len(set(wanted.get(place, ())).intersection(had.get(rank, ()))), place, rank)
+        for place in team
+        for rank in team
     )
     taken: dict[int, int] = {}
     free = set(team)
@@ -149,12 +160,12 @@ def relabeled(hosts: Hosts, before: Hosts, team: Sequence[int]) -> Hosts:
     return tuple(tuple(sorted(taken[place] for place in placed)) for placed in hosts)
 
 
-def _by_rank(hosts: Hosts, team: Sequence[int]) -> dict[int, set[int]]:
-    found: dict[int, set[int]] = {rank: set() for rank in team}
+def experts_by_rank(hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """The experts of each rank that has any, ascending."""
+    found: dict[int, list[int]] = {}
     for expert, ranks in enumerate(hosts):
         for rank in ranks:
-            if rank in found:
-                found[rank].add(expert)
+            found.setdefault(rank, []).append(expert)
     return found
 
 
@@ -168,15 +179,7 @@ def unevenness(hosts: Hosts, team: Sequence[int], loads: Sequence[int]) -> float
     return max(work.values()) * len(work) / max(1, sum(loads))
 
 
-def next_hosts(
-    before: Hosts,
-    team: Sequence[int],
-    *,
-    levels: bool,
-    copies: Sequence[int] = (),
-    slots: int = 0,
-    loads: Sequence[int] = (),
-) -> Hosts:
+def next_hosts(before: Hosts, team: Sequence[int], *, levels: bool) -> Hosts:
     """The placement after a change of a team's ranks: experts stay where they are if they can.
 
     Those without a rank go to the ranks with the fewest.
@@ -184,18 +187,12 @@ def next_hosts(
     Args:
         before: by expert, the ranks that had it, of this team and others.
         levels: whether experts move from the ranks with most to those with fewest.
-        copies: with `levels`: the copies of each expert that are wanted; empty: as many as stay.
-        slots: with `copies`: the experts that a rank has at most.
-        loads: with `copies`: of each expert.
     """
-    if levels and copies:
-        return relabeled(overlapping_hosts(copies, team, slots, loads), before, team)
     members = set(team)
     found = [[rank for rank in ranks if rank in members] for ranks in before]
-    load = dict.fromkeys(team, 0)
-    for ranks in found:
-        for rank in ranks:
-            load[rank] += 1
+    load = dict.fromkeys(team, 0) | {
+        rank: len(experts) for rank, experts in experts_by_rank(found).items()
+    }
     for ranks in found:
         if not ranks:
             rank = min(team, key=load.__getitem__)
@@ -208,10 +205,7 @@ def next_hosts(
 
 def _level(found: list[list[int]], load: dict[int, int]) -> None:
     """Move experts from the ranks with most to those with fewest, until these have one less."""
-    held: dict[int, list[int]] = {rank: [] for rank in load}
-    for expert, ranks in enumerate(found):
-        for rank in ranks:
-            held[rank].append(expert)
+    held = {rank: list[int]() for rank in load} | experts_by_rank(found)
     while True:
         fullest, emptiest = max(load, key=load.__getitem__), min(load, key=load.__getitem__)
         if load[fullest] - load[emptiest] < 2:

@@ -22,7 +22,13 @@ from holdfast.parallel.layout import (
     expert_count,
     held_rows,
 )
-from holdfast.parallel.plan.expert_hosts import Hosts, first_hosts, of_all_teams, stage_teams
+from holdfast.parallel.plan.expert_hosts import (
+    Hosts,
+    experts_by_rank,
+    first_hosts,
+    of_all_teams,
+    stage_teams,
+)
 from holdfast.parallel.plan.ownership import (
     Block,
     BlockKey,
@@ -376,15 +382,8 @@ class Plan:
 
     def experts_of(self, rank: int, layer: int) -> tuple[int, ...]:
         """The experts of a layer that a rank has, where they are spread."""
-
-        def find() -> dict[int, tuple[int, ...]]:
-            found: dict[int, list[int]] = {}
-            for expert, ranks in enumerate(self.hosts(layer)):
-                for host in ranks:
-                    found.setdefault(host, []).append(expert)
-            return {host: tuple(experts) for host, experts in found.items()}
-
-        return self.derived("experts of ranks", layer, find).get(rank, ())
+        known = self.derived("experts of ranks", layer, lambda: experts_by_rank(self.hosts(layer)))
+        return tuple(known.get(rank, ()))
 
     def ranks_of(self, parts: tuple[int, ...], stage: int) -> tuple[int, ...]:
         """The ranks of a stage that hold one of some parts of its parameters, by replica."""
@@ -471,6 +470,10 @@ class Plan:
         if place is None:
             return ()
         return tuple(chunk for chunk, stage in enumerate(self.placement) if stage == place.pipeline)
+
+    def layers_at(self, rank: int) -> list[int]:
+        """The layers that a rank holds, in forward order of its chunks."""
+        return [layer for chunk in self.chunks_of(rank) for layer in self.layers_of(chunk)]
 
     def layers_of(self, chunk: int) -> range:
         """The layers of a model chunk."""

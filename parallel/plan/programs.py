@@ -146,7 +146,14 @@ def _regular_program(
     """The program at a place of a regular plan, with its replica's micro-batches from 0 on."""
     if not micro_batches:
         return ()
-    programs = plan.derived(
+    return _schedule(plan, kind, generate, micro_batches)[at.pipeline]
+
+
+def _schedule(
+    plan: Plan, kind: str, generate: _Generator, micro_batches: int
+) -> tuple[Program, ...]:
+    """By stage, the actions of a replica that computes so many micro-batches itself."""
+    return plan.derived(
         "regular programs",
         (kind, micro_batches),
         lambda: generate(
@@ -157,7 +164,6 @@ def _regular_program(
             plan.stretches,
         ),
     )
-    return programs[at.pipeline]
 
 
 def _computing_replicas(plan: Plan) -> tuple[dict[int, int], ...]:
@@ -184,9 +190,7 @@ def _rerouted(
     generate: _Generator,
 ) -> Program:
     """The compute actions of a stage replica when activations cross pipelines."""
-    by_replica = plan.micro_batches
-    if only is not None:
-        by_replica = tuple(tuple(m for m in row if m in only) for row in by_replica)
+    by_replica = _rows(plan, only)
     pairs = len(plan.placement) * sum(map(len, by_replica))
     if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
         programs = plan.derived("scheduled programs", only, lambda: _scheduled(plan, by_replica))
@@ -201,18 +205,19 @@ def _rerouted(
         "regular timeline",
         kind,
         lambda: regular_timeline(
-            generate(
-                plan.schedule,
-                plan.stage_replicas.pipeline,
-                plan.virtual,
-                max(map(len, plan.micro_batches)),
-                plan.stretches,
-            )
+            _schedule(plan, kind, generate, max(map(len, plan.micro_batches)))
         ),
     )
     mine = plan.micro_batches_of(at.pipeline, at.data)
     wanted = mine if only is None else tuple(m for m in mine if m in only)
     return merged_program(wanted, places, timeline, at.pipeline)
+
+
+def _rows(plan: Plan, only: frozenset[int] | None) -> tuple[tuple[int, ...], ...]:
+    """The micro-batches of each data replica, of those wanted."""
+    if only is None:
+        return plan.micro_batches
+    return tuple(tuple(m for m in row if m in only) for row in plan.micro_batches)
 
 
 def _in_team(
@@ -226,18 +231,14 @@ def _in_team(
     pipeline = plan.stage_replicas.pipeline
 
     def find() -> Waves:
-        rows = [[m for m in row if only is None or m in only] for row in plan.micro_batches]
+        rows = _rows(plan, only)
         sizes = [plan.stage_replicas.sizes(stage) for stage in range(pipeline)]
         order = entering_order(rows, plan.stage_replicas.widest_sizes)
         return waves_of(order, _computing_replicas(plan), sizes)
 
     waves: Waves = plan.derived("waves of teams", only, find)
     count = max(len(waves), *map(len, plan.micro_batches))
-    programs = plan.derived(
-        "regular programs",
-        (kind, count),
-        lambda: generate(plan.schedule, pipeline, plan.virtual, count, plan.stretches),
-    )
+    programs = _schedule(plan, kind, generate, count)
     return team_program(plan, at, waves, programs, _computing_replicas(plan)[at.pipeline])
 
 

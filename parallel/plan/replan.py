@@ -19,8 +19,12 @@ from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.expert_hosts import (
     Hosts,
     copies_by_load,
+    even_copies,
+    first_hosts,
     next_hosts,
     of_all_teams,
+    overlapping_hosts,
+    relabeled,
     unevenness,
 )
 from holdfast.parallel.plan.formation import Roster, next_stage_replicas, replica_sizes
@@ -158,13 +162,12 @@ def _hosts_of_team(plan: Plan, before: Hosts, team: Sequence[int], loads: tuple[
             return here
         slots = max(plan.expert_slots, -(-len(before) // len(team)))
         copies = copies_by_load(loads, len(team), slots)
-        return next_hosts(before, team, levels=True, copies=copies, slots=slots, loads=loads)
+        return relabeled(overlapping_hosts(copies, team, slots, loads), before, team)
     if plan.expert_copies > 1 and not plan.expert_slots:
-        wanted = max(1, min(len(team), plan.expert_copies * len(team) // plan.expert_ranks))
-        members = set(team)
+        sizes = plan.expert_ranks, plan.expert_copies
+        members, wanted = set(team), even_copies(team, *sizes)
         if any(len(members.intersection(ranks)) != wanted for ranks in before):
-            slots = -(-len(before) * wanted // len(team))
-            return next_hosts(before, team, levels=True, copies=[wanted] * len(before), slots=slots)
+            return relabeled(first_hosts(team, len(before), *sizes), before, team)
     return next_hosts(before, team, levels=not plan.expert_slots)
 
 
@@ -176,13 +179,24 @@ def would_move_experts(plan: Plan, loads: Sequence[Sequence[int]]) -> bool:
     """
     if not (plan.expert_slots and loads and plan.spreads_experts) or plan.incoming:
         return False
-    worst = better = 1.0
-    following = _hosts(plan, plan, loads, levels=True)
-    for layer, hosts in enumerate(following):
-        for team in plan.team_ranks(plan.stage_of_layer(layer)) if hosts else ():
-            worst = max(worst, unevenness(plan.hosts(layer), team, loads[layer][: len(hosts)]))
-            better = max(better, unevenness(hosts, team, loads[layer][: len(hosts)]))
-    return worst > _UNEVEN and better < (1 - _WORTH) * worst
+    worst = _most_uneven(plan, [plan.hosts(layer) for layer in range(len(plan.layers))], loads)
+    if worst <= _UNEVEN:  # asked after every step: another placement takes longer to find
+        return False
+    better = _most_uneven(plan, _hosts(plan, plan, loads, levels=True), loads)
+    return better < (1 - _WORTH) * worst
+
+
+def _most_uneven(plan: Plan, of_layers: Sequence[Hosts], loads: Sequence[Sequence[int]]) -> float:
+    """The unevenness of the layer and team with most, with a placement of a plan's experts."""
+    return max(
+        (
+            unevenness(hosts, team, loads[layer][: len(hosts)])
+            for layer, hosts in enumerate(of_layers)
+            if hosts
+            for team in plan.team_ranks(plan.stage_of_layer(layer))
+        ),
+        default=1.0,
+    )
 
 
 def would_move_layers(plan: Plan) -> bool:

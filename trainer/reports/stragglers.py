@@ -48,11 +48,7 @@ def work_of(plan: Plan, rank: int) -> float:
     at = plan.stage_replicas.find(rank)
     if at is None:
         return 0.0
-    flops = sum(
-        plan.layers[layer].forward_flops
-        for chunk in plan.chunks_of(rank)
-        for layer in plan.layers_of(chunk)
-    )
+    flops = sum(plan.layers[layer].forward_flops for layer in plan.layers_at(rank))
     count = len(plan.micro_batches_of(at.pipeline, at.data))
     return flops * count / plan.mesh_of(rank).shards
 

@@ -144,8 +144,7 @@ def hosted_experts(plan: Plan, rank: int) -> dict[int, tuple[int, ...]] | None:
     """By layer, the experts that a rank has; None: those of its parts. Pure."""
     if not plan.spreads_experts:
         return None
-    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
-    return {layer: plan.experts_of(rank, layer) for layer in layers}
+    return {layer: plan.experts_of(rank, layer) for layer in plan.layers_at(rank)}
 
 
 def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> ExpertTeam | None:
@@ -160,13 +159,12 @@ def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> Exp
         for shard in (plan.stage_replicas.shard_index(member),)
     ]
     numbers = {source: number for number, source in enumerate(dict.fromkeys(replicas))}
-    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
     hosts = {
         layer: tuple(
             tuple(place[host] for host in of_expert if host in place)
             for of_expert in plan.hosts(layer)
         )
-        for layer in layers
+        for layer in plan.layers_at(rank)
     }
     slices = (len(run_slices(config, plan, member).own) for member in ranks)
     group = groups["experts"] if len(ranks) > 1 else None

@@ -67,8 +67,7 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
         return False
     if plan.spreads_experts and not all(
         set(plan.experts_of(rank, layer)) <= set(following.experts_of(rank, layer))
-        for chunk in plan.chunks_of(rank)
-        for layer in plan.layers_of(chunk)
+        for layer in plan.layers_at(rank)
     ):
         return False
     return set(plan.parts_of(rank)) <= set(following.parts_of(rank)) and (

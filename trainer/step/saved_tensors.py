@@ -132,7 +132,7 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
 
 def _kept_weights(plan: Plan, rank: int) -> Iterator[tuple[str, Box]]:
     """The weights that a rank keeps: whole segments, or the blocks of its share."""
-    for layer in (layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)):
+    for layer in plan.layers_at(rank):
         for _, part, row, spec in plan.rows_of(rank, layer):
             if not shards(plan, "parameters"):
                 yield spec.name, spec.box

@@ -60,7 +60,7 @@ def choose_layers(
     replica = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
     for stage in range(plan.stage_replicas.pipeline):
         rank = plan.stage_replicas.rank(0, replica, stage)
-        held = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+        held = plan.layers_at(rank)
         changes = sorted(
             change
             for layer in held

@@ -161,7 +161,7 @@ def test_giving_up_a_save_waits_for_no_disk(
         manager.abort("rank 2 is lost")
         assert manager.fence(0) == ALL
         assert not manager.wait(30), "the thread is still there, and is not waited for"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
     go_on.set()
     for manager in ranks.managers:
         _wait_for(lambda manager=manager: not manager.busy)

@@ -181,4 +181,4 @@ def test_the_end_of_transfers_is_a_marked_wait(make: Callable[..., Offloader], e
         Stack()(torch.ones(ROWS, WIDTH))
     start = perf_counter()
     getattr(offloader, end)()
-    assert took[-1] > 0.9 * (perf_counter() - start) > 0.05
+    assert took[-1] > 0.5 * (perf_counter() - start) > 0.02

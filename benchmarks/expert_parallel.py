@@ -3,7 +3,8 @@
 Four ranks, each in a network namespace of its own with a cable of limited rate (see link.py), pass
 tokens through one layer of experts, forwards and backwards. Contestants have the same sizes and as
 many tokens, and take turns in the same processes, one thread each. DeepSpeed's layer has the
-capacity that drops no token; what it takes where it drops those beyond the mean stands beside.
+capacity that drops no token; what it takes where it drops those beyond the mean stands beside. In
+fast mode an expert computes all ranks' tokens as one matrix, in exact mode those of each rank.
 
 Then with an emulated device (each matrix product sleeps for as long as one would compute it) and a
 router that prefers some experts: one copy of each, and copies in proportion to the loads. Needs

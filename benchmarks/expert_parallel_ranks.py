@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -74,13 +75,17 @@ def beside_deepspeed(
         return _pass(lambda value: layer(value)[0], layer, sizes, rank)
 
     group = _group(store, nodes, rank, ranks)
-    ours, layer = _ours(
-        sizes, group, tuple((e * ranks // sizes.experts,) for e in range(sizes.experts))
-    )
+    hosts = tuple((e * ranks // sizes.experts,) for e in range(sizes.experts))
+
+    def mine(*, joins: bool) -> Callable[[], None]:
+        ours, layer = _ours(sizes, group, hosts, joins)
+        return _pass(lambda value: ours(value, {}), layer, sizes, rank)
+
     runs = {
-        "holdfast": _pass(lambda value: ours(value, {}), layer, sizes, rank),
+        "holdfast, fast mode": mine(joins=True),
         "DeepSpeed, no token dropped": theirs(drop_tokens=False),
         "DeepSpeed, tokens above the mean dropped": theirs(capacity_factor=1.0),
+        "holdfast, exact mode": mine(joins=False),
     }
     found = _timed(runs, group, sizes)
     dist.destroy_process_group()
@@ -105,7 +110,7 @@ def with_copies(
     copies = overlapping_hosts(copies_by_load(loads, ranks, slots), range(ranks), slots, loads)
     runs = {}
     for name, hosts in (("one copy of each", alone), ("copies by load", copies)):
-        ours, layer = _ours(sizes, group, hosts)
+        ours, layer = _ours(sizes, group, hosts, joins=False)
         runs[name] = _pass(lambda value, ours=ours: ours(value, {0: chosen}), layer, sizes, rank)
     return _timed(runs, group, sizes)
 
@@ -113,8 +118,16 @@ def with_copies(
 def _begin(rank: int, ranks: int, nodes: Sequence[Node]) -> Any:
     torch.set_num_threads(1)
     make_sleeps_exact()
+    _keep_the_heap()
     enter(nodes[rank])
     return dist.TCPStore(nodes[rank].master, PORT, ranks, is_master=rank == 0)
+
+
+def _keep_the_heap() -> None:
+    """Keep freed memory, for all contestants: first touches of pages would differ by chance."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _group(store: Any, nodes: Sequence[Node], rank: int, ranks: int) -> Any:
@@ -124,7 +137,9 @@ def _group(store: Any, nodes: Sequence[Node], rank: int, ranks: int) -> Any:
     return separate_group(ours, nodes[rank].master, "experts", range(ranks), rank, timeout_s=600)
 
 
-def _ours(sizes: Sizes, group: Any, hosts: tuple[tuple[int, ...], ...]) -> tuple[Any, nn.Module]:
+def _ours(
+    sizes: Sizes, group: Any, hosts: tuple[tuple[int, ...], ...], joins: bool
+) -> tuple[Any, nn.Module]:
     """The forward pass of our layer, and its module."""
     from holdfast.parallel.pipeline import ExpertTeam, MicroBatchContext, WeightGradientQueue
     from holdfast.parallel.tensor_parallel import TensorParallel
@@ -143,7 +158,7 @@ def _ours(sizes: Sizes, group: Any, hosts: tuple[tuple[int, ...], ...]) -> tuple
     layer = Experts(model, design, 1, TensorParallel(None, False), WeightGradientQueue(), own)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
-    team = ExpertTeam(group, tuple(range(group.size)), {1: hosts}, 1)
+    team = ExpertTeam(group, tuple(range(group.size)), {1: hosts}, 1, joins)
     context = MicroBatchContext(0, group.index, True, None, experts=team)
 
     def forward(value: Tensor, decisions: dict[int, Tensor]) -> Tensor:

@@ -56,9 +56,12 @@ def contestants(size: dict[str, int], dtype: torch.dtype) -> dict[str, Pass]:
 
 
 def _check_alike(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
-    """Tokens go to other experts where bf16 scores are equal, so single ones may differ there."""
-    difference = (one.float() - two.float()).norm() / two.float().norm()
-    assert difference < (0.05 if dtype.itemsize < 4 else 1e-3), difference
+    """Of most tokens: transformers scores in bf16, where some of a token's 8 experts are others."""
+    rows, expected = one.flatten(0, -2).float(), two.flatten(0, -2).float()
+    differences = (rows - expected).norm(dim=1) / expected.norm(dim=1)
+    alike = differences < (0.01 if dtype.itemsize < 4 else 1e-3)
+    share = float(alike.float().mean())
+    assert share > (0.95 if dtype.itemsize < 4 else 0.999), (share, differences.quantile(0.5))
 
 
 def _pass(layer: Any, value: Tensor, gradient: Tensor) -> Pass:

@@ -1,15 +1,16 @@
 """The way of tokens to their experts and back, over the ranks that have these.
 
 A *piece of work* is what an expert does for one slice: all tokens of the slice that chose it, at
-one rank. Tokens leave in the order of (slice, expert, token) and arrive so from each rank, whose
-tokens follow one another in the sequence: so the rows of a piece of work are in the order of the
-slice's tokens, whatever ranks have them. What comes back is added token by token in the order of
-its choices, in float32 or wider, never by atomic additions. Exact-mode safe.
+one rank; where a team joins slices, for all of them that are there. Tokens leave in the order of
+(slice, expert, token) and arrive so from each rank, whose tokens follow one another in the
+sequence: so the rows of a slice are in the order of its tokens, whatever ranks have them. What
+comes back is added token by token in the order of its choices, in float32 or wider, never by atomic
+additions. Exact-mode safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from holdfast.parallel.comm import Handle
 from holdfast.parallel.expert_parallel.hosts import chosen_hosts
 from holdfast.parallel.expert_parallel.products import Work, places_of, row_multiple
+from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.pipeline import ExpertTeam
 
 SliceKey = tuple[int, int]
@@ -30,10 +32,11 @@ class Dispatch:
     """Where the tokens of a rank's slices go: the same for what goes there and what comes back."""
 
     team: ExpertTeam
-    order: Tensor
-    """int64[tokens times choices]: the choices by (rank, slice, expert, token)."""
-    back: Tensor
-    """int64[tokens times choices]: the place in `order` of each choice."""
+    tokens: Tensor
+    """int64[leaving rows]: the token of each row that leaves: by (rank, slice, expert, token), or
+    where the experts are all here, the row of `arranged`."""
+    places: Tensor
+    """int64[tokens, choices]: the row of each choice among those that leave, and come back."""
     sent: tuple[int, ...]
     """The choices that go to each rank."""
     received: tuple[int, ...]
@@ -51,14 +54,14 @@ class Dispatch:
     )
     """The exchange that was begun, the memory of what arrives, and of what leaves until it has."""
 
-    def to_experts(self, value: Tensor, per_token: int) -> Arriving:
+    def to_experts(self, value: Tensor) -> Arriving:
         """Send the rows of tokens to their experts. Collective over the team.
 
         Args:
             value: float[tokens, hidden].
         """
-        leaving = _Gathered.apply(value, self.order, self.back, per_token)
-        return Arriving(self, _Leaving.apply(leaving, self))
+        leaving = _Gathered.apply(value, self.tokens, self.places)
+        return Arriving(self, leaving if self.is_local else _Leaving.apply(leaving, self))
 
     def to_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
         """The weighted sums of what a token's experts made: float[tokens, hidden]. Collective.
@@ -67,8 +70,13 @@ class Dispatch:
             rows: float[rows, hidden].
             weights: float[tokens, choices], float32 or wider.
         """
-        arrived: Any = _Returned.apply(rows, self)
-        return _combined(_Placed.apply(arrived, self.order, self.back), weights)
+        arrived = rows if self.is_local else _Returned.apply(rows, self)
+        return _Combined.apply(arrived, self.places, weights)  # pyrefly: ignore[bad-return]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all experts are here."""
+        return self.team.group is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +90,15 @@ class Arriving:
     def rows(self) -> Tensor:
         """Wait for the rows: float[rows, hidden]. What is computed before, here and in backward
         passes, is computed beside the exchange."""
+        if self.way.is_local:
+            return self.under_way
         return _Arrived.apply(self.under_way, self.way)  # pyrefly: ignore[bad-return]
 
 
 def dispatch(
     experts: Sequence[Tensor],
     slices: Sequence[SliceKey],
+    per_token: int,
     count: int,
     team: ExpertTeam,
     layer: int,
@@ -98,6 +109,7 @@ def dispatch(
     Args:
         experts: of each of this rank's slices, int64[tokens, choices], of its own tokens.
         slices: these slices; none where the rank hosts experts only.
+        per_token: the choices of a token.
         count: the number of all experts.
         like: has the dtype and the device of the hidden state.
     """
@@ -113,23 +125,21 @@ def dispatch(
     to_rank = hosts[own].flatten()
     leaves = to_rank.to(like.device)[wanted] * (most * count) + wanted
     order = torch.sort(leaves, stable=True).indices
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=like.device)
     sent = torch.zeros(len(team.sources), dtype=torch.int64)
     mine = counts[team.index].clamp(min=0).flatten()
     sent.index_add_(0, to_rank, mine)
-    arrangement = _arrange(counts, hosts == team.index, team, row_multiple(like.dtype))
-    work, places = _work(arrangement, keys, team)
+    arrangement = _arrange(counts, keys, hosts == team.index, team, row_multiple(like.dtype))
+    tokens, places = _leaving(order, per_token, arrangement, team)
     return Dispatch(
         team=team,
-        order=order,
-        back=back,
+        tokens=tokens,
+        places=places,
         sent=tuple(sent.tolist()),
         received=arrangement.received,
-        arranged=arrangement.rows.to(like.device),
-        work=work,
+        arranged=arrangement.arranged.to(like.device),
+        work=arrangement.work,
         elsewhere=_elsewhere(keys, hosts, team, layer),
-        rows=places,
+        rows=arrangement.rows,
     )
 
 
@@ -149,18 +159,18 @@ class _Arrangement:
     """Where received choices lie."""
 
     received: tuple[int, ...]
-    rows: Tensor
-    pieces: Tensor
-    """int64[pieces of work, 3]: expert, source, slice."""
-    counts: list[int]
-    places: list[int]
+    arranged: Tensor
+    work: tuple[Work, ...]
+    rows: int
 
 
-def _arrange(counts: Tensor, mine: Tensor, team: ExpertTeam, multiple: int) -> _Arrangement:
-    """The rows of this rank's pieces of work, by expert, then by source and slice. Pure.
+def _arrange(
+    counts: Tensor, keys: Tensor, mine: Tensor, team: ExpertTeam, multiple: int
+) -> _Arrangement:
+    """The rows of this rank's work, by expert, then by source and slice. Pure.
 
     Args:
-        mine: bool[sources, slices, experts]: the pieces of work of this rank.
+        mine: bool[sources, slices, experts]: the slices that this rank's experts work for.
     """
     members: list[list[int]] = [[] for _ in range(len(mine))]
     for member, source in enumerate(team.sources):
@@ -169,10 +179,15 @@ def _arrange(counts: Tensor, mine: Tensor, team: ExpertTeam, multiple: int) -> _
     is_there = torch.stack([counts[of_source[0]] for of_source in members]) >= 0
     pieces = (mine & is_there).permute(2, 0, 1).nonzero()
     expert, source, slice_ = pieces.unbind(1)
-    numbers = totals[source, slice_, expert].tolist()
-    places = places_of(numbers, multiple)
+    work = _work(pieces.tolist(), totals[source, slice_, expert].tolist(), keys, team)
+    places = places_of([piece.tokens for piece in work], multiple)
+    starts = [
+        start
+        for place, piece in zip(places, work, strict=False)
+        for start in places_of([mark.tokens for mark in piece.marks], 1, place)[:-1]
+    ]
     filled = torch.zeros_like(totals)
-    filled[source, slice_, expert] = torch.tensor(places[:-1], dtype=torch.int64)
+    filled[source, slice_, expert] = torch.tensor(starts, dtype=torch.int64)
     received, rows = [], []
     for member, of_member in enumerate(team.sources):
         chosen = mine[of_member] & is_there[of_member]
@@ -182,22 +197,45 @@ def _arrange(counts: Tensor, mine: Tensor, team: ExpertTeam, multiple: int) -> _
         before = torch.cumsum(lengths, 0) - lengths
         rows.append(torch.arange(number) + torch.repeat_interleave(starts - before, lengths))
         received.append(number)
-    return _Arrangement(tuple(received), torch.cat(rows), pieces, numbers, places)
+    return _Arrangement(tuple(received), torch.cat(rows), work, places[-1])
+
+
+def _leaving(
+    order: Tensor, per_token: int, arrangement: _Arrangement, team: ExpertTeam
+) -> tuple[Tensor, Tensor]:
+    """The token of each row that leaves, and the row of each token's choices; see `Dispatch`.
+
+    Args:
+        order: int64[tokens times choices]: the choices in the order of leaving rows.
+    """
+    rows = torch.arange(len(order), device=order.device)
+    tokens = order // per_token
+    if team.group is None:  # rows between get some token
+        rows = arrangement.arranged.to(order.device)
+        tokens = order.new_zeros(arrangement.rows).index_copy_(0, rows, tokens)
+    places = torch.empty_like(order).index_copy_(0, order, rows)
+    return tokens, places.view(-1, per_token)
 
 
 def _work(
-    arrangement: _Arrangement, keys: Tensor, team: ExpertTeam
-) -> tuple[tuple[Work, ...], int]:
-    """The pieces of work of this rank, and the rows of all of them."""
+    pieces: Sequence[Sequence[int]], counts: Sequence[int], keys: Tensor, team: ExpertTeam
+) -> tuple[Work, ...]:
+    """The pieces of work of this rank.
+
+    Args:
+        pieces: (expert, source, slice) of each slice that an expert works for, ascending.
+        counts: the tokens of each.
+    """
     speaking = {source: member for member, source in reversed(list(enumerate(team.sources)))}
     named = keys.tolist()
-    found = []
-    for (expert, source, slice_), count in zip(
-        arrangement.pieces.tolist(), arrangement.counts, strict=True
-    ):
+    found: list[Work] = []
+    for (expert, source, slice_), count in zip(pieces, counts, strict=True):
         micro_batch, number = named[speaking[source]][slice_]
-        found.append(Work(expert, micro_batch, number, count))
-    return tuple(found), arrangement.places[-1]
+        marks = (GradientMark(count, number, micro_batch),)
+        if team.joins and found and found[-1].expert == expert:
+            marks = found.pop().marks + marks
+        found.append(Work(expert, marks))
+    return tuple(found)
 
 
 def _elsewhere(
@@ -222,29 +260,47 @@ class _Gathered(torch.autograd.Function):
     """A row for each choice of each token; backward adds a token's in the order of its choices."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, order: Tensor, back: Tensor, per_token: int) -> Tensor:
-        ctx.back, ctx.per_token = back, per_token
-        return value[order // per_token]
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        by_choice = _by_token(gradient[ctx.back], ctx.per_token)
-        return _sum_in_order(by_choice).to(gradient.dtype), None, None, None
-
-
-class _Placed(torch.autograd.Function):
-    """Rows in the order of tokens and their choices, from those in the order of experts."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.order = order
-        return rows[back]
+    def forward(ctx: Any, value: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return value.index_select(0, tokens)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[ctx.order], None, None
+        first, *others = ctx.places.unbind(1)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.index_select(0, first).to(wide)
+        for rows in others:
+            total += gradient.index_select(0, rows)
+        return total.to(gradient.dtype), None, None
+
+
+class _Combined(torch.autograd.Function):
+    """The weighted sums of each token's rows, in the order of its choices, in the rows' type."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.places = places
+        total: Tensor | None = None
+        for own, weight in _by_choice(places, weights):
+            weighted = rows.index_select(0, own).to(weights.dtype).mul_(weight)
+            total = weighted if total is None else total.add_(weighted)
+        assert total is not None
+        return total.to(rows.dtype)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, weights = ctx.saved_tensors
+        by_rows = torch.empty_like(rows)  # rows between are not read
+        by_weights = torch.empty_like(weights)
+        wide = gradient.to(weights.dtype)
+        for choice, (own, weight) in enumerate(_by_choice(ctx.places, weights)):
+            by_rows.index_copy_(0, own, (wide * weight).to(rows.dtype))
+            products = rows.index_select(0, own).to(weights.dtype).mul_(wide)
+            by_weights[:, choice] = products.sum(1)
+        return by_rows, None, by_weights
 
 
 class _Leaving(torch.autograd.Function):
@@ -272,7 +328,7 @@ class _Arrived(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        way, leaving = ctx.way, gradient[ctx.way.arranged]
+        way, leaving = ctx.way, gradient.index_select(0, ctx.way.arranged)
         _begin(leaving, way, way.received, way.sent)
         return leaving, None  # what arrives is given by `_Leaving`
 
@@ -283,7 +339,7 @@ class _Returned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, way: Dispatch) -> Tensor:
         ctx.way = way
-        _begin(rows[way.arranged], way, way.received, way.sent)
+        _begin(rows.index_select(0, way.arranged), way, way.received, way.sent)
         return _finish(way)
 
     @staticmethod
@@ -295,10 +351,8 @@ class _Returned(torch.autograd.Function):
 
 
 def _laid_out(arrived: Tensor, way: Dispatch) -> Tensor:
-    # Rows between experts are read by grouped kernels: they must be numbers.
-    found = arrived.new_zeros(way.rows, arrived.shape[1])
-    found[way.arranged] = arrived
-    return found
+    found = arrived.new_empty(way.rows, arrived.shape[1])
+    return found.index_copy_(0, way.arranged, arrived)
 
 
 def _begin(rows: Tensor, way: Dispatch, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
@@ -319,30 +373,6 @@ def _finish(way: Dispatch) -> Tensor:
     return found
 
 
-def _combined(by_choice: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sums, in the type of the rows.
-
-    Args:
-        by_choice: float[tokens times choices, hidden].
-    """
-    per_token = weights.shape[1]
-    rows = _by_token(by_choice, per_token)
-    weighted = rows.to(weights.dtype) * weights.unsqueeze(-1)
-    total = weighted[:, 0]
-    for place in range(1, per_token):
-        total = total + weighted[:, place]
-    return total.to(by_choice.dtype)
-
-
-def _sum_in_order(by_choice: Tensor) -> Tensor:
-    """The sum over dim 1, one after another, in float32 or wider."""
-    wide = torch.promote_types(by_choice.dtype, torch.float32)
-    total = by_choice[:, 0].to(wide, copy=True)
-    for place in range(1, by_choice.shape[1]):
-        total += by_choice[:, place]
-    return total
-
-
-def _by_token(by_choice: Tensor, per_token: int) -> Tensor:
-    """float[tokens times choices, hidden] -> float[tokens, choices, hidden]."""
-    return by_choice.view(by_choice.shape[0] // per_token, per_token, by_choice.shape[1])
+def _by_choice(places: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each choice, its tokens' rows and their weights: int64[tokens], float[tokens, 1]."""
+    return zip(places.unbind(1), weights.split(1, 1), strict=True)

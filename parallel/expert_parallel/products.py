@@ -1,7 +1,7 @@
 """The products of experts with the tokens that came to them: SwiGLU, expert by expert. Local.
 
-Each expert's tokens are one matrix, so its bits depend on these alone, whatever other experts a
-rank has. Exact-mode safe.
+The tokens of a piece of work are one matrix, so its bits depend on these alone, whatever other
+pieces a rank has. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.pipeline import WeightGradientQueue
 
 _ALIGNED_BYTES = 64
 
 
 class Work(NamedTuple):
-    """What an expert does for a slice."""
+    """What an expert computes as one: the tokens of a slice, or of several."""
 
     expert: int
-    micro_batch: int
-    slice: int
-    tokens: int
+    marks: tuple[GradientMark, ...]
+    """Those of the slices, which have the tokens one after another."""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all slices."""
+        return sum(mark.tokens for mark in self.marks)
 
 
 def row_multiple(dtype: torch.dtype) -> int:
@@ -32,14 +37,14 @@ def row_multiple(dtype: torch.dtype) -> int:
     return _ALIGNED_BYTES // dtype.itemsize
 
 
-def places_of(counts: Sequence[int], multiple: int) -> list[int]:
-    """The first row of each piece of work, and the number of all rows. Pure.
+def places_of(counts: Sequence[int], multiple: int, first: int = 0) -> list[int]:
+    """The first row of each piece of work, and the one after the last. Pure.
 
     Args:
         counts: the tokens of each piece.
         multiple: of `row_multiple`.
     """
-    places = [0]
+    places = [first]
     for count in counts:
         places.append(places[-1] + -(-count // multiple) * multiple)
     return places
@@ -59,14 +64,21 @@ def expert_products(
             (`places_of`). Rows between are neither read nor written.
         work: the pieces, those of an expert one after another.
         experts: by expert of this rank: float[2 intermediate, hidden], float[hidden, intermediate].
-        queue: the queue of the weights' gradients: each piece of work gives one, also without
-            tokens.
-        elsewhere: (expert, the pieces of its work that other ranks do).
+        queue: the queue of the weights' gradients: each slice gives one, also without tokens.
+        elsewhere: (expert, the slices for which other ranks' copies of it work).
     Returns:
         float[places, hidden]
     """
     parameters = [parameter for own in experts.values() for parameter in own]
-    pieces = _Pieces(tuple(work), tuple(elsewhere), {e: k for k, e in enumerate(experts)}, queue)
+    index_of = {expert: index for index, expert in enumerate(experts)}
+    counts = [piece.tokens for piece in work]
+    places = places_of(counts, row_multiple(rows.dtype))
+    sizes = [
+        size
+        for place, after, count in zip(places, places[1:], counts, strict=False)
+        for size in (count, after - place - count)
+    ]
+    pieces = _Pieces(tuple(work), tuple(elsewhere), index_of, queue, sizes)
     return _ExpertProducts.apply(rows, pieces, *parameters)  # pyrefly: ignore[bad-return]
 
 
@@ -78,25 +90,30 @@ class _Pieces(NamedTuple):
     index_of: Mapping[int, int]
     """The place of an expert's two matrices among all."""
     queue: WeightGradientQueue
+    sizes: list[int]
+    """The rows of each piece of work, and between it and the next."""
 
-    def places(self, multiple: int) -> list[int]:
-        return places_of([piece.tokens for piece in self.work], multiple)
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each piece of work: views."""
+        return rows.split(self.sizes)[::2]
 
 
 class _ExpertProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, pieces: _Pieces, *own: Tensor) -> Tensor:
-        hidden, wide = rows.shape[1], own[0].shape[0] if own else 0
-        found, between = rows.new_empty(rows.shape[0], hidden), rows.new_empty(len(rows), wide)
-        places = pieces.places(row_multiple(rows.dtype))
-        for place, piece in zip(places, pieces.work, strict=False):
-            if piece.tokens:
+        hidden, width = rows.shape[1], own[0].shape[0] if own else 0
+        found, wide = rows.new_empty(rows.shape[0], hidden), rows.new_empty(len(rows), width)
+        for piece, value, outputs, of_wide, gate, up in zip(
+            pieces.work,
+            *map(pieces.split, (rows, found, wide, *wide.chunk(2, -1))),
+            strict=True,
+        ):
+            if len(value):
                 first = 2 * pieces.index_of[piece.expert]
-                here = slice(place, place + piece.tokens)
-                torch.mm(rows[here], own[first].t(), out=between[here])
-                torch.mm(_gated(between[here]), own[first + 1].t(), out=found[here])
-        ctx.save_for_backward(rows, between, *own)
-        ctx.pieces, ctx.places, ctx.parameters = pieces, places, own
+                torch.mm(value, own[first].t(), out=of_wide)
+                torch.mm(F.silu(gate).mul_(up), own[first + 1].t(), out=outputs)
+        ctx.save_for_backward(rows, wide, *own)
+        ctx.pieces, ctx.parameters = pieces, own
         return found
 
     @staticmethod
@@ -107,25 +124,24 @@ class _ExpertProducts(torch.autograd.Function):
         by_rows, by_wide = torch.empty_like(rows), torch.empty_like(wide)
         gated_rows = wide.new_empty(wide.shape[0], wide.shape[1] // 2)
         found: list[Tensor | None] = [None] * len(own)
-        gradient = gradient.contiguous()
-        for place, piece in zip(ctx.places, pieces.work, strict=False):
-            here, first = slice(place, place + piece.tokens), 2 * pieces.index_of[piece.expert]
-            gated = torch.mm(gradient[here], own[first + 1])
-            gated_rows[here] = _gated(wide[here])
-            _gate_backward(gated, wide[here], by_wide[here])
-            torch.mm(by_wide[here], own[first], out=by_rows[here])
-            queue = pieces.queue.of(piece.slice, piece.micro_batch)
-            for index, output, value in (
-                (first, by_wide[here], rows[here]),
-                (first + 1, gradient[here], gated_rows[here]),
-            ):
+        halves = (*wide.chunk(2, -1), *by_wide.chunk(2, -1))
+        for piece, of_rows, outputs, value, of_wide, gated, *of_halves in zip(
+            pieces.work,
+            *map(pieces.split, (by_rows, gradient.contiguous(), rows, by_wide, gated_rows)),
+            *map(pieces.split, halves),
+            strict=True,
+        ):
+            first = 2 * pieces.index_of[piece.expert]
+            _gate_backward(torch.mm(outputs, own[first + 1]), gated, *of_halves)
+            torch.mm(of_wide, own[first], out=of_rows)
+            for index, output, input_ in ((first, of_wide, value), (first + 1, outputs, gated)):
                 if not needed[index]:
                     continue
-                if queue.has_sink:
-                    queue.put(ctx.parameters[index], (output,), value)
+                if pieces.queue.has_sink:
+                    pieces.queue.put(ctx.parameters[index], (output,), input_, piece.marks)
                 else:
-                    product, before = output.t() @ value, found[index]
-                    found[index] = product if before is None else before + product
+                    product, before = output.t() @ input_, found[index]
+                    found[index] = product if before is None else before.add_(product)
         for expert, count in pieces.elsewhere if pieces.queue.has_sink else ():
             first = 2 * pieces.index_of[expert]
             for parameter in ctx.parameters[first : first + 2]:
@@ -133,15 +149,11 @@ class _ExpertProducts(torch.autograd.Function):
         return by_rows, None, *found
 
 
-def _gated(wide: Tensor) -> Tensor:
-    """SwiGLU: float[rows, 2 intermediate] -> float[rows, intermediate], aligned."""
-    gate, up = wide.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def _gate_backward(gradient: Tensor, wide: Tensor, found: Tensor) -> None:
-    """Write the gradient by `wide` to `found`."""
-    gate, up = wide.chunk(2, -1)
-    by_gate, by_up = found.chunk(2, -1)
-    by_up.copy_(gradient * F.silu(gate))
-    by_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+def _gate_backward(
+    gradient: Tensor, gated: Tensor, gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor
+) -> None:
+    """Write the gradients by `gate` and `up`, and SwiGLU's value to `gated`."""
+    activated = F.silu(gate)
+    torch.mul(activated, up, out=gated)
+    torch.mul(gradient, activated, out=by_up)
+    torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=by_gate)

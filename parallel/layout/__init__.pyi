@@ -24,6 +24,7 @@ from .parameters import (
     held_rows as held_rows,
 )
 from .slices import (
+    GradientMark as GradientMark,
     Slices as Slices,
     slices_of as slices_of,
 )

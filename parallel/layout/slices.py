@@ -9,6 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
+
+
+class GradientMark(NamedTuple):
+    """What a gradient is of."""
+
+    tokens: int
+    """How many of a product's tokens, which follow one another."""
+    unit: int = 0
+    """The number of the gradient in its micro-batch."""
+    micro_batch: int | None = None
+    """None: the one whose gradients are being computed."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import Slices
+from holdfast.parallel.layout import GradientMark, Slices
 from holdfast.parallel.optimizer.kernels import (
     NONFINITE as NONFINITE,
     OUT_OF_RANGE as OUT_OF_RANGE,
@@ -258,20 +258,24 @@ class GradientAccumulator:
         parameter: nn.Parameter,
         grad_output: Iterable[Tensor],
         value: Tensor,
-        unit: int = 0,
-        micro_batch: int | None = None,
+        marks: Sequence[GradientMark],
     ) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype.
 
         Args:
             grad_output: blocks of its columns, from the first to the last.
-            unit: the number of the gradient in its micro-batch.
-            micro_batch: None: the one of `begin_gradients`.
+            marks: those of the gradients of which it is the sum. Exact mode and shared parameters
+                have one at a time. A micro-batch None is the one of `begin_gradients`.
         """
+        taken = [self._takes(parameter, mark.unit, mark.micro_batch) for mark in marks]
+        if any(taken) and not all(taken):
+            counts = torch.tensor([mark.tokens for mark in marks], device=value.device)
+            chosen = torch.tensor(taken, device=value.device).repeat_interleave(counts)
+            value, grad_output = value[chosen], (block[chosen] for block in grad_output)
         # Without tokens nothing is added, but it counts: an expert has a gradient in every slice.
-        if self._takes(parameter, unit, micro_batch) and (len(value) or parameter in self._shared):
+        if any(taken) and (len(value) or parameter in self._shared):
             self._add_matmul(parameter, grad_output, value)
-        self._offered(parameter)
+        self._offered(parameter, len(marks))
 
     def _add_matmul(
         self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor

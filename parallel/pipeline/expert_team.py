@@ -24,6 +24,9 @@ class ExpertTeam:
     """By layer, the members that have each expert."""
     most_slices: int
     """The slices that a member computes at once, at most."""
+    joins: bool = False
+    """Whether an expert computes all tokens that are there as one matrix, and not slice by slice:
+    faster, with other bits in every layout."""
 
     @property
     def index(self) -> int:

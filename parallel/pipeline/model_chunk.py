@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import HeldRow, Slices
+from holdfast.parallel.layout import GradientMark, HeldRow, Slices
 from holdfast.parallel.pipeline.batch import Batch
 from holdfast.parallel.pipeline.expert_team import ExpertTeam
 
@@ -82,13 +82,13 @@ class GradientSink(Protocol):
         parameter: nn.Parameter,
         grad_output: Iterable[Tensor],
         value: Tensor,
-        unit: int = 0,
-        micro_batch: int | None = None,
+        marks: Sequence[GradientMark],
     ) -> None:
-        """Add grad_output[tokens, out].T @ value[tokens, in].
+        """Add grad_output[tokens, out].T @ value[tokens, in], the sum of several gradients.
 
         Args:
             grad_output: blocks of its columns, from the first to the last.
+            marks: those of its gradients, which have the tokens one after another.
         """
         ...
 
@@ -111,10 +111,7 @@ class WeightGradientRecord(NamedTuple):
     """float[tokens, out], as blocks of columns."""
     value: Tensor
     """float[tokens, in]"""
-    unit: int
-    """The number of the gradient in its micro-batch."""
-    micro_batch: int | None = None
-    """None: the one whose gradients are being computed."""
+    marks: Sequence[GradientMark]
 
 
 @dataclass(slots=True)
@@ -141,19 +138,13 @@ class WeightGradientQueue:
     def __init__(self) -> None:
         self._destination = _Destination()
         self._unit = 0
-        self._micro_batch: int | None = None
 
-    def of(self, unit: int, micro_batch: int | None = None) -> WeightGradientQueue:
-        """The same queue, for gradients with the number `unit` in their micro-batch.
-
-        Args:
-            micro_batch: None: the one whose gradients are being computed.
-        """
-        if (unit, micro_batch) == (self._unit, self._micro_batch):
+    def of(self, unit: int) -> WeightGradientQueue:
+        """The same queue, for gradients with the number `unit` in their micro-batch."""
+        if unit == self._unit:
             return self
         queue = WeightGradientQueue()
         queue._destination, queue._unit = self._destination, unit
-        queue._micro_batch = micro_batch
         return queue
 
     @property
@@ -180,13 +171,22 @@ class WeightGradientQueue:
         """Whether gradients that are put now are computed later."""
         return self._destination.kept is not None
 
-    def put(self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor) -> None:
-        """Add one weight gradient: blocks of columns of float[tokens, out], float[tokens, in].
+    def put(
+        self,
+        parameter: nn.Parameter,
+        grad_output: Iterable[Tensor],
+        value: Tensor,
+        marks: Sequence[GradientMark] = (),
+    ) -> None:
+        """Add weight gradients: blocks of columns of float[tokens, out], float[tokens, in].
 
         A sink that does not need the gradient does not iterate over the blocks.
+
+        Args:
+            marks: those of the gradients; empty: it is one, of this queue's number.
         """
-        value, micro_batch = value.detach(), self._micro_batch
-        record = WeightGradientRecord(parameter, grad_output, value, self._unit, micro_batch)
+        marks = marks or (GradientMark(len(value), self._unit),)
+        record = WeightGradientRecord(parameter, grad_output, value.detach(), marks)
         kept = self._destination.kept
         if kept is None:
             self.run((record,))

@@ -169,7 +169,8 @@ def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> Exp
     slices = (len(run_slices(config, plan, member).own) for member in ranks)
     group = groups["experts"] if len(ranks) > 1 else None
     most = max(slices) // plan.stretches
-    return ExpertTeam(group, tuple(numbers[source] for source in replicas), hosts, most)
+    joins = config.numerics.reduction == "fast"
+    return ExpertTeam(group, tuple(numbers[source] for source in replicas), hosts, most, joins)
 
 
 def context_parallel(config: RunConfig, groups: Groups) -> ContextParallel:

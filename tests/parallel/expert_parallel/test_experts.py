@@ -5,7 +5,7 @@ The oracle is the definition in plain PyTorch with autograd, token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from holdfast.parallel.expert_parallel import (
     logits_of,
 )
 from holdfast.parallel.expert_parallel.products import Work, places_of, row_multiple
+from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.optimizer.rules.rule import BlockUpdate, balance_blocks
 from holdfast.parallel.pipeline import ExpertTeam, WeightGradientQueue
 
@@ -47,11 +48,12 @@ class Recorder:
         parameter: nn.Parameter,
         grad_output: Iterable[Tensor],
         value: Tensor,
-        unit: int = 0,
-        micro_batch: int | None = None,
+        marks: Sequence[GradientMark],
     ) -> None:
-        assert micro_batch == MICRO_BATCH
-        self.add(parameter, torch.cat(list(grad_output), 1).t() @ value, unit)
+        (mark,) = marks
+        assert mark.micro_batch == MICRO_BATCH
+        assert mark.tokens == len(value)
+        self.add(parameter, torch.cat(list(grad_output), 1).t() @ value, mark.unit)
 
     add_rows: Any = None
     pass_over: Any = None
@@ -69,8 +71,10 @@ def by_expert(parameters: Any, first: int = 0) -> dict[int, tuple[nn.Parameter, 
 
 def ours(value: Tensor, experts: Tensor, weights: Tensor, parameters: Any, queue: Any) -> Tensor:
     team = ExpertTeam.of_parts(None, 0, len(parameters[1]), 1)
-    way = dispatch([experts], [(MICRO_BATCH, SLICE)], len(parameters[1]), team, 0, value)
-    rows = way.to_experts(value, experts.shape[1]).rows()
+    way = dispatch(
+        [experts], [(MICRO_BATCH, SLICE)], experts.shape[1], len(parameters[1]), team, 0, value
+    )
+    rows = way.to_experts(value).rows()
     return way.to_tokens(expert_products(rows, way.work, by_expert(parameters), queue), weights)
 
 
@@ -144,7 +148,8 @@ def test_an_experts_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None
         recorder, queue = Recorder(), WeightGradientQueue()
         queue.subscribe(recorder)
         half = [part[first:last] for part in parameters]
-        work = [Work(e, MICRO_BATCH, SLICE, counts[e]) for e in range(first, last)]
+        marks = [(GradientMark(count, SLICE, MICRO_BATCH),) for count in counts]
+        work = [Work(e, marks[e]) for e in range(first, last)]
         found = expert_products(rows, work, by_expert(half, first), queue)
         gradient = torch.full_like(found, float("nan"))
         for place, expert in zip(own, range(first, last), strict=False):

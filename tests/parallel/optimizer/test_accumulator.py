@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from holdfast.parallel.expert_parallel import LOAD_UNIT
+from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.layout.boxes import Box
 from holdfast.parallel.layout.parameters import HeldRow, Initial, ParameterSpec
 from holdfast.parallel.optimizer.accumulator import (
@@ -144,6 +145,25 @@ def test_a_sum_that_overflows_raises_a_flag() -> None:
     assert add_integers(sums, torch.tensor([2**62, -7], dtype=torch.int64)) == OUT_OF_RANGE
 
 
+def test_of_a_product_of_several_gradients_those_that_are_there_are_left_out() -> None:
+    """Tokens of several ranks are one product for an expert; an interrupted step has some of it."""
+    parameter = nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))
+    accumulator, buffer = accumulator_of(parameter, exact=False)
+    grad_output, value = torch.randn(9, 6).double(), torch.randn(9, 5).double()
+    marks = [GradientMark(4, 0, 7), GradientMark(0, 1, 7), GradientMark(2, 0, 8)]
+    marks.append(GradientMark(3, 1, 8))
+    told: list[nn.Parameter] = []
+    accumulator.skip({parameter: {(7, 0), (8, 1)}})
+    accumulator.expect({parameter: 5}, told.extend)
+    accumulator.add_matmul(parameter, grad_output.split(4, dim=1), value, marks)
+    assert not told
+    accumulator.add_matmul(parameter, (grad_output[:1],), value[:1], [GradientMark(1, 1, 8)])
+    assert told == [parameter]
+    assert accumulator.included == {parameter: {(7, 1), (8, 0)}}
+    sums = accumulator.sums[slice(*buffer.place(parameter))].view(6, 5)
+    torch.testing.assert_close(sums, grad_output[4:6].T @ value[4:6], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.dtype) -> None:
@@ -153,7 +173,8 @@ def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.
     for seed in range(3):
         grad_output = torch.randn(11, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
         value = torch.randn(11, 5, generator=torch.Generator().manual_seed(seed + 9)).to(dtype)
-        accumulator.add_matmul(parameter, grad_output.split(4, dim=1), value)
+        marks = [GradientMark(len(value), seed)]
+        accumulator.add_matmul(parameter, grad_output.split(4, dim=1), value, marks)
         expected += grad_output.double().T @ value.double()
     rows = torch.tensor([4, 1])
     part = torch.randn(2, 5, generator=torch.Generator().manual_seed(50)).to(dtype)

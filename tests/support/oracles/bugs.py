@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.optimizer import sharded as optimizer
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange.buckets import Bucket
@@ -245,10 +246,13 @@ def weight_gradients_computed_twice() -> Iterator[None]:
     """A split backward runs the weight gradients in both of its parts."""
     original = WeightGradientQueue.put
 
-    def twice(self: WeightGradientQueue, parameter: Any, grad_output: Any, value: Any) -> None:
-        original(self, parameter, grad_output, value)
+    def twice(
+        self: WeightGradientQueue, parameter: Any, grad_output: Any, value: Any, marks: Any = ()
+    ) -> None:
+        original(self, parameter, grad_output, value, marks)
         if self.defers and self.has_sink:
-            self._sink.add_matmul(parameter, grad_output, value.detach())
+            marks = marks or (GradientMark(len(value)),)
+            self._sink.add_matmul(parameter, grad_output, value.detach(), marks)
 
     with mock.patch.object(WeightGradientQueue, "put", twice):
         yield

@@ -22,8 +22,10 @@ def expert_gradients_scaled_by_ranks() -> Iterator[None]:
     """The gradients of experts' weights are multiplied by the ranks that have experts."""
     original, put = products._ExpertProducts.backward, WeightGradientQueue.put
 
-    def scaled(self: WeightGradientQueue, parameter: Any, outputs: Any, value: Any) -> None:
-        put(self, parameter, tuple(2 * output for output in outputs), value)
+    def scaled(
+        self: WeightGradientQueue, parameter: Any, outputs: Any, value: Any, marks: Any
+    ) -> None:
+        put(self, parameter, tuple(2 * output for output in outputs), value, marks)
 
     def backward(ctx: Any, gradient: Any) -> Any:
         with mock.patch.object(WeightGradientQueue, "put", scaled):

@@ -92,11 +92,15 @@ def test_layouts_give_the_bits_of_one_process(
     assert run_training(cluster, config_of(group, parallel, train)) == expected
 
 
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
 @pytest.mark.parametrize(
     "parallel", [{"data": 4, "expert": 4}, {"tensor": 2, "data": 2, "expert": 4}], ids=str
 )
-def test_a_checked_layout_equals_autograd(cluster: Cluster, parallel: dict[str, Any]) -> None:
-    config = make_config(model=MOE, train={"global_batch": 6}, parallel=parallel)
+def test_a_checked_layout_equals_autograd(
+    cluster: Cluster, parallel: dict[str, Any], reduction: str
+) -> None:
+    numerics = {"reduction": reduction}
+    config = make_config(model=MOE, train={"global_batch": 6}, parallel=parallel, numerics=numerics)
     assert findings_of(cluster, tiny_config(config, 2)) == []
 
 

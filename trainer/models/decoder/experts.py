@@ -131,8 +131,8 @@ class Experts(nn.Module):
         team = context.experts
         if team is None:
             team = ExpertTeam.of_parts(self._tp.group, layer, design.count, len(slices))
-        way = dispatch(chosen, slices, design.count, team, layer, flat)
-        return way.to_experts(flat, design.per_token)
+        way = dispatch(chosen, slices, design.per_token, design.count, team, layer, flat)
+        return way.to_experts(flat)
 
     def _made(self, arriving: Arriving, weights: Tensor) -> Tensor:
         """What the experts make of the tokens, back at these: float[tokens, hidden]."""

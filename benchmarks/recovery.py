@@ -4,6 +4,7 @@ again.
 The same shape of model and batch under
 
 - holdfast, `elastic.enabled`: four data-parallel ranks, exact mode, one shadow per block;
+- holdfast with 16 experts over the four ranks, of as much work for a token;
 - torchft, `manager.allreduce` over gloo: four replicas, each restarted when it has died, with the
   same heartbeat settings, and plain AdamW (its DDP wrapper fails on torch 2.13 when a peer dies);
 - torchrun --max-restarts: holdfast's plain workers with a checkpoint every 5 steps, loaded at each
@@ -26,10 +27,19 @@ import random
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from harness import Measurement, report
-from recovery_jobs import LONGEST_S, RANKS, UNDISTURBED_STEPS, Contestant, holdfast, torchrun
+from recovery_jobs import (
+    EXPERTS,
+    LONGEST_S,
+    RANKS,
+    UNDISTURBED_STEPS,
+    Contestant,
+    holdfast,
+    torchrun,
+)
 from recovery_torchft import torchft
 
 
@@ -70,7 +80,12 @@ def measure(
     return tuple(found), tuple(joins)
 
 
-CONTESTANTS = {"holdfast": holdfast, "torchft": torchft, "torchrun restart": torchrun}
+CONTESTANTS = {
+    "holdfast": holdfast,
+    "holdfast, experts": partial(holdfast, family=EXPERTS),
+    "torchft": torchft,
+    "torchrun restart": torchrun,
+}
 
 
 def main() -> None:
@@ -87,7 +102,7 @@ def main() -> None:
         arrivals: list[Measurement] = []
         steps: dict[str, float] = {}
         for name, start in CONTESTANTS.items():
-            if given.only not in name or (number == signal.SIGSTOP and name != "holdfast"):
+            if given.only not in name or (number == signal.SIGSTOP and "holdfast" not in name):
                 # torchrun waits for ever; torchft's replicas did not all come back in time
                 continue
             with tempfile.TemporaryDirectory() as folder, start(Path(folder)) as job:

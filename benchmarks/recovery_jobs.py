@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,9 @@ RANKS = 4
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 100, 600
 HANG_TIMEOUT_S = 2.0
 MODEL = {"layers": 4, "hidden": 96, "intermediate": 256, "heads": 6, "kv_heads": 3, "vocab": 320}
+DENSE = {"family": '"llama"'}
+EXPERTS = {"family": '"mixtral"', "experts": 16, "experts_per_token": 2, "intermediate": 128}
+"""As much work for a token."""
 SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 128, 2, 8
 UNDISTURBED_STEPS = 5
 LONGEST_S = 90.0
@@ -88,11 +91,12 @@ class Contestant:
     """Restarts what does not restart by itself."""
 
 
-def config_text(*, elastic: bool, checkpoint_every: int) -> str:
-    model = "\n".join(f"{key} = {value}" for key, value in MODEL.items())
+def config_text(
+    *, elastic: bool, checkpoint_every: int, family: Mapping[str, object] = DENSE
+) -> str:
+    model = "\n".join(f"{key} = {value}" for key, value in (MODEL | dict(family)).items())
     return f"""
 [model]
-family = "llama"
 {model}
 [data]
 kind = "text"
@@ -104,6 +108,7 @@ global_batch = {MICRO_BATCH * MICRO_BATCHES}
 micro_batch = {MICRO_BATCH}
 [parallel]
 data = {RANKS}
+expert = {RANKS if "experts" in family else 1}
 [checkpoint]
 every = {checkpoint_every}
 keep = 2
@@ -155,9 +160,9 @@ def undisturbed(
 
 
 @contextlib.contextmanager
-def holdfast(folder: Path) -> Iterator[Contestant]:
+def holdfast(folder: Path, family: Mapping[str, object] = DENSE) -> Iterator[Contestant]:
     path, run = folder / "run.toml", folder / "run"
-    path.write_text(config_text(elastic=True, checkpoint_every=0))
+    path.write_text(config_text(elastic=True, checkpoint_every=0, family=family))
     command = [
         *(sys.executable, "-m", "holdfast.launch.cli", "train"),
         str(path),

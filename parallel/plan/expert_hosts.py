@@ -8,8 +8,12 @@ what is left of others, so that no rank gets more experts than it needs to. Pure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+_EVEN = 1.05
+"""The work of a rank over the mean that is even enough."""
+_LEAST_GAIN = 1e-3
+"""The share of its work of which a rank is relieved at least, when copies are exchanged."""
 Hosts = tuple[tuple[int, ...], ...]
 """By expert, the ranks that have it."""
 
@@ -141,6 +145,63 @@ def _by_copies(copies: Sequence[int], slots: int, loads: Sequence[int]) -> list[
         for group in range(groups):
             found += run[group::groups]
     return found
+
+
+def evened(hosts: Hosts, team: Sequence[int], slots: int, loads: Sequence[int]) -> Hosts:
+    """The placement with copies of experts exchanged between ranks, so that none has far more work.
+
+    Copies of an expert have equal shares of its work.
+
+    Args:
+        slots: the experts that a rank has, at most.
+    """
+    share = [load / len(ranks) for load, ranks in zip(loads, hosts, strict=True)]
+    held = {rank: set[int]() for rank in team}
+    held |= {rank: set(experts) for rank, experts in experts_by_rank(hosts).items()}
+    work = {rank: sum(share[expert] for expert in held[rank]) for rank in team}
+    enough = _EVEN * sum(work.values()) / len(team)
+    while work[fullest := max(team, key=work.__getitem__)] > enough:
+        by_work = sorted(team, key=work.__getitem__)
+        exchanges = (_exchange(held, work, share, slots, fullest, rank) for rank in by_work)
+        found = next((exchange for exchange in exchanges if exchange is not None), None)
+        if found is None:
+            break
+        rank, experts = found
+        for expert in experts:
+            source, target = (fullest, rank) if expert in held[fullest] else (rank, fullest)
+            held[source].remove(expert)
+            held[target].add(expert)
+            work[source] -= share[expert]
+            work[target] += share[expert]
+    return tuple(
+        tuple(rank for rank in team if expert in held[rank]) for expert in range(len(hosts))
+    )
+
+
+def _exchange(
+    held: Mapping[int, set[int]],
+    work: Mapping[int, float],
+    share: Sequence[float],
+    slots: int,
+    fullest: int,
+    rank: int,
+) -> tuple[int, tuple[int, ...]] | None:
+    """The rank, and the expert that goes to it from the fullest, with one that comes for it.
+
+    Those that even the two best; None: none lessens the work of the one with more.
+    """
+    gap = work[fullest] - work[rank]
+    comes: list[tuple[int, ...]] = [(expert,) for expert in sorted(held[rank] - held[fullest])]
+    if len(held[rank]) < slots:
+        comes.append(())
+    found = [
+        (abs(gap / 2 - less), (expert, *other))
+        for expert in sorted(held[fullest] - held[rank])
+        for other in comes
+        for less in (share[expert] - sum(share[e] for e in other),)
+        if min(less, gap - less) > _LEAST_GAIN * work[fullest]
+    ]
+    return (rank, min(found)[1]) if found else None
 
 
 def relabeled(hosts: Hosts, before: Hosts, team: Sequence[int]) -> Hosts:

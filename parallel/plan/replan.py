@@ -20,6 +20,7 @@ from holdfast.parallel.plan.expert_hosts import (
     Hosts,
     copies_by_load,
     even_copies,
+    evened,
     first_hosts,
     next_hosts,
     of_all_teams,
@@ -39,7 +40,7 @@ from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
 from holdfast.parallel.schedules import placement
 
-_UNEVEN = 1.2
+_UNEVEN = 1.1
 """Experts get other copies if the rank of a team with most work has so many times the mean."""
 _WORTH = 0.05
 """Layers move if the slowest stage becomes faster by more than this share of its time."""
@@ -162,7 +163,8 @@ def _hosts_of_team(plan: Plan, before: Hosts, team: Sequence[int], loads: tuple[
             return here
         slots = max(plan.expert_slots, -(-len(before) // len(team)))
         copies = copies_by_load(loads, len(team), slots)
-        return relabeled(overlapping_hosts(copies, team, slots, loads), before, team)
+        hosts = evened(overlapping_hosts(copies, team, slots, loads), team, slots, loads)
+        return relabeled(hosts, before, team)
     if plan.expert_copies > 1 and not plan.expert_slots:
         sizes = plan.expert_ranks, plan.expert_copies
         members, wanted = set(team), even_copies(team, *sizes)

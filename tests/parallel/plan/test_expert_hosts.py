@@ -23,6 +23,7 @@ from holdfast.parallel.plan import (
 from holdfast.parallel.plan.expert_hosts import (
     Hosts,
     copies_by_load,
+    evened,
     first_hosts,
     next_hosts,
     overlapping_hosts,
@@ -181,6 +182,30 @@ def test_a_plan_with_wrong_hosts_is_refused(said: str) -> None:
     WRONG[said](data, data["placements"][data["hosts"][1]])
     with pytest.raises(LayoutError, match=said):
         plan_from_data(first, data)
+
+
+@given(st.integers(0, 2**32))
+def test_exchanges_even_the_work_and_keep_copies_and_room(seed: int) -> None:
+    rng = random.Random(seed)
+    team = list(range(3, 3 + rng.randint(1, 9)))
+    experts, slots = rng.randint(1, 24), rng.randint(1, 6)
+    slots = max(slots, -(-experts // len(team)))
+    loads = [rng.randrange(1, 100) for _ in range(experts)]
+    before = overlapping_hosts(copies_by_load(loads, len(team), slots), team, slots, loads)
+    after = evened(before, team, slots, loads)
+    assert list(map(len, after)) == list(map(len, before))
+    assert all(len(set(own)) == len(own) and set(own) <= set(team) for own in after)
+    assert max(Counter(rank for own in after for rank in own).values()) <= slots
+    assert unevenness(after, team, loads) <= unevenness(before, team, loads) + 1e-9
+
+
+def test_copies_in_free_room_even_equal_experts_of_few_ranks() -> None:
+    """16 experts on five ranks: without copies one has 4 where the mean is 3.2."""
+    loads, team = [100] * 16, range(5)
+    copies = copies_by_load(loads, 5, 4)
+    together = overlapping_hosts(copies, team, 4, loads)
+    assert unevenness(together, team, loads) == unevenness(first_hosts(team, 16, 5), team, loads)
+    assert unevenness(evened(together, team, 4, loads), team, loads) < 1.1
 
 
 def survival(hosts: Hosts, ranks: int, dead: int) -> float:

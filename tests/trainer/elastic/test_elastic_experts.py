@@ -109,6 +109,24 @@ def test_three_of_eight_ranks_that_have_experts_alone_are_lost(
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
 
 
+def test_a_rank_whose_expert_matrices_muon_updates_is_lost(
+    start: Starter, cluster: Cluster
+) -> None:
+    """The matrices and momenta of 4 of 16 experts lie on it alone, and in shadows."""
+    matrices: dict[str, Any] = {**SPREAD, "optimizer": {"name": "muon", "lr": 2e-3}}
+    expected = bits_of(run_training(cluster, make_config(**matrices)))
+    chaos = [fault("kill", 2, 3, "reduce")]
+    run = start(
+        **matrices,
+        parallel={"data": 4, "expert": 4},
+        elastic=pace({"respawn": False, "local_nodes": 4, "chaos": chaos}, 0.1),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_lost")] == [2]
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+
+
 def test_copies_follow_the_loads_while_a_rank_is_killed(start: Starter, cluster: Cluster) -> None:
     """It is lost as state of copies is on its way, which then begins anew."""
     expected = bits_of(run_training(cluster, make_config(**SKEWED)))

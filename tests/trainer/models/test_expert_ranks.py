@@ -53,6 +53,13 @@ MIXTRAL = {
     "train": {"steps": 2, "global_batch": 4, "z_loss_coef": 0.01},
     "data": {"packing": "documents"},
 }
+MUON: dict[str, Any] = {
+    "model": MOE,
+    "train": {"steps": 3, "global_batch": 4},  # the first update of a momentum is not the last
+    "optimizer": {"name": "muon", "lr": 2e-3},
+}
+MUON_SHARDS = {**MUON, "numerics": {"tensor_shards": 2}}
+MUON_BIASED = {**BIASED, "optimizer": MUON["optimizer"]}
 LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (WHOLE, {"data": 4, "expert": 4}, {"recompute": "full"}),  # two replicas have one fewer
     (WHOLE, {"data": 4, "expert": 2}, {}),  # two teams
@@ -69,6 +76,11 @@ LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (BIASED, {"data": 2, "expert": 2}, {"recompute": "full"}),
     (SECOND, {"data": 2, "expert": 2, "pipeline": 2}, {"recompute": "full"}),
     (MIXTRAL, {"data": 2, "expert": 2, "pipeline": 2, "schedule": "zb-v", "virtual": 2}, {}),
+    (MUON, {"data": 4, "expert": 4}, {}),
+    (MUON, {"data": 2, "expert": 2, "pipeline": 2}, {}),
+    (MUON_SHARDS, {"tensor": 2, "data": 2, "expert": 4, "expert_replicas": 2}, {}),
+    (MUON_SHARDS, {"data": 4, "expert": 4}, {}),
+    (MUON_BIASED, {"data": 2, "expert": 2}, {}),
 ]
 
 

@@ -65,7 +65,8 @@ def main() -> None:
     result = {}
     for name, keys in contestants().items():
         size = (given.steps, given.every)
-        tried = {rate: held_out_losses(keys, rate, given.seeds[0], *size) for rate in RATES}
+        rates = given.rates or RATES
+        tried = {rate: held_out_losses(keys, rate, given.seeds[0], *size) for rate in rates}
         at_rates = {rate: found[given.steps] for rate, found in tried.items()}
         best = min(at_rates, key=at_rates.__getitem__)
         others = [held_out_losses(keys, best, seed, *size) for seed in given.seeds[1:]]

@@ -35,8 +35,8 @@ def main() -> None:
     given = arguments(__doc__, every=10)
     size = (given.steps, given.every)
     tried = {
-        name: {rate: losses(name, rate, given.seeds[0], *size) for rate in rates}
-        for name, rates in RATES.items()
+        name: {rate: losses(name, rate, given.seeds[0], *size) for rate in given.rates or usual}
+        for name, usual in RATES.items()
     }
     best = {
         name: min(of_rate, key=lambda rate: of_rate[rate][given.steps])

@@ -24,7 +24,7 @@ _ONE_RANK = {
 
 
 def arguments(description: str | None, every: int) -> argparse.Namespace:
-    """The command's steps, steps between evaluations, seeds, and file for results.
+    """The command's steps, steps between evaluations, seeds, rates, and file for results.
 
     Args:
         every: the steps between evaluations unless others are given.
@@ -33,6 +33,7 @@ def arguments(description: str | None, every: int) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--every", type=int, default=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=float, nargs="+", help="the learning rates to try")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -53,7 +54,7 @@ def held_out_losses(
         "train.seed": seed,
         "train.steps": steps,
         "train.eval_every": every,
-        "train.eval_batches": 2,
+        "train.eval_batches": 8,
         **_ONE_RANK,
         **keys,
     }

@@ -68,7 +68,7 @@ from .sharding import (
     all_keepers as all_keepers,
     are_aligned as are_aligned,
     contribution_order as contribution_order,
-    is_whole as is_whole,
+    is_apart as is_apart,
     keepers as keepers,
     keeps_parameters as keeps_parameters,
     shard_group as shard_group,

@@ -3,7 +3,8 @@
 The replicas of a stage form *shard groups*. The ranks of a group share what one replica would keep:
 for each block, one of them is its *keeper* (ZeRO-2 and -3, Rajbhandari et al. 2020, sections 5.2
 and 5.3; with several groups, the hybrid sharding of Zhao et al. 2023, section 3.2.2). A group of
-one rank keeps everything, which is how ordinary replicas are described. Pure; needs no torch.
+one rank keeps everything, which is how ordinary replicas are described. Experts that are spread
+over ranks are not shared further: each of their hosts keeps them. Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -85,6 +86,13 @@ def is_whole(plan: Plan, block: Block) -> bool:
     return len(spec.copies) > 1 or spec.balance is not None
 
 
+def is_apart(plan: Plan, block: Block, kept: KeptKind) -> bool:
+    """Whether a block is not shared: each rank that has it keeps it, or the sums that it adds."""
+    if plan.spreads_experts and plan.spec_of(block).expert is not None:
+        return True
+    return kept == "gradients" and is_whole(plan, block)
+
+
 def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) -> tuple[int, ...]:
     """The ranks that keep a block, or its sums, at one use: one for each shard group of that stage.
 
@@ -93,10 +101,9 @@ def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) 
     Args:
         layer: the layer of the use; None: the first use.
     """
-    if kept == "gradients" and (is_whole(plan, block) or not shards(plan, kept)):
-        return plan.contributors(block, layer)
-    if not shards(plan, kept):
-        return plan.holders(block, layer)
+    if is_apart(plan, block, kept) or not shards(plan, kept):
+        of_use = plan.contributors if kept == "gradients" else plan.holders
+        return of_use(block, layer)
     stage = plan.stage_of_layer(block.layer if layer is None else layer)
     owner = plan.owner(block.key)
     position = _positions(plan, kept)[owner][1]
@@ -118,7 +125,7 @@ def keeping(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Block, int], boo
     group, positions = shard_group(plan, rank, kept), _positions(plan, kept)
 
     def keeps(block: Block, layer: int) -> bool:
-        if kept == "gradients" and is_whole(plan, block):
+        if is_apart(plan, block, kept):
             return rank in keepers(plan, block, kept, layer)
         owner = plan.owner(block.key)
         return group.keeper(owner, positions[owner][1]) == rank
@@ -199,7 +206,7 @@ def contribution_order(
     return tuple(
         (action.micro_batch, layer)
         for action in training_program(plan, rank, only)
-        if action.op in _WEIGHT_GRADIENTS
+        if action.op in _WEIGHT_GRADIENTS and action.micro_batch >= 0  # has tokens
         for layer in reversed(plan.layers_of(action.chunk))
     )
 

@@ -487,11 +487,6 @@ def _experts(config: RunConfig) -> Iterator[str]:
             f"cannot be divided into whole replicas of {replica} that have the experts together; "
             f"make parallel.data a multiple of {lcm(replica, ranks) // replica}"
         )
-    if ranks > parallel.tensor and parallel.shard != "optimizer":
-        yield (
-            f"{said} with parallel.shard = {parallel.shard!r}: experts are spread already; set it "
-            "to 'optimizer'"
-        )
 
 
 def _packages(config: RunConfig) -> Iterator[str]:

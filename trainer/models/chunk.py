@@ -99,7 +99,8 @@ class ModelChunk(Chunk):
         return value
 
     def no_tokens(self) -> Tensor:
-        return self._no_tokens.to(next(self.parameters()).device)
+        like = self._no_tokens  # without storage where the chunk was built without one
+        return torch.empty(like.shape, dtype=like.dtype, device=next(self.parameters()).device)
 
     def rows(self) -> list[tuple[HeldRow, nn.Parameter]]:
         return [

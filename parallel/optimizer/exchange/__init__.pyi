@@ -27,3 +27,6 @@ from .settings import (
     ExchangeSettings as ExchangeSettings,
     wire_of as wire_of,
 )
+from .wire import (
+    in_one as in_one,
+)

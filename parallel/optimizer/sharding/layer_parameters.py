@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.comm import LAYERS, Communicator, Handle
-from holdfast.parallel.optimizer.exchange import ParameterArrival, spread
+from holdfast.parallel.optimizer.exchange import ParameterArrival, in_one, spread
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
 from holdfast.parallel.optimizer.sharding.shares import LayerShares, layer_shares
 from holdfast.parallel.plan import (
@@ -48,6 +48,11 @@ class _BeforeBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call()
         return None, *gradients
+
+
+def _no_experts(value: Tensor, _: object) -> Tensor:
+    """The host of a layer without experts."""
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,8 @@ class LayerParameters:
         for layer, module in modules.items():
             module.register_forward_pre_hook(lambda *_, layer=layer: self.use(layer))
             module.register_forward_hook(partial(self._gated, layer))
+            hosts = getattr(module, "host", _no_experts)
+            module.__dict__["host"] = partial(self._hosted, layer, hosts)
 
     def connect(self, plan: Plan, rank: int, comm: Communicator) -> None:
         """Share with the ranks of a plan from now on. Local."""
@@ -136,6 +143,17 @@ class LayerParameters:
         if self._plan.layers[layer].forward_only or not outputs[0].requires_grad:
             return outputs
         return list(_BeforeBackward.apply(lambda: self.use(layer), *outputs))
+
+    def _hosted(
+        self, layer: int, host: Callable[..., Tensor], value: Tensor, context: object
+    ) -> Tensor:
+        """Use the layer's parameters, also where the rank only hosts experts: as the others do."""
+        self.use(layer)
+        assert self._plan is not None
+        output = host(value, context)
+        if self._plan.layers[layer].forward_only or not output.requires_grad:
+            return output
+        return _BeforeBackward.apply(lambda: self.use(layer), output)[0]
 
     def begin(
         self,
@@ -186,7 +204,7 @@ class LayerParameters:
         found.values.untyped_storage().resize_(found.bytes)
         self._resident = layer
         with torch.no_grad():
-            for span in share.shares.get(self._rank, ()):
+            for span in (*share.shares.get(self._rank, ()), *share.whole):
                 found.part(span).copy_(self._buffer.part(span.start, span.stop))
             for _, message, spans in arrived:
                 spread(message, [found.part(span) for span in spans])
@@ -231,9 +249,15 @@ class LayerParameters:
                 spans = share.shares.get(self._rank, ())
                 if spans:
                     self._arrival.use(share.parameters)
-                    kept = self._buffer.kept.run(self._buffer.values, spans)
-                    uses.sends.append(comm.send(kept, peer, LAYERS.wrapped(uses.served)))
+                    message = self._message(share, spans)
+                    uses.sends.append(comm.send(message, peer, LAYERS.wrapped(uses.served)))
             uses.served += 1
+
+    def _message(self, share: LayerShares, spans: Sequence[Span]) -> Tensor:
+        """This rank's share of a layer: a view, or a copy where its experts lie between."""
+        if not share.whole:
+            return self._buffer.kept.run(self._buffer.values, spans)
+        return in_one([self._buffer.part(span.start, span.stop) for span in spans])
 
     def _release(self) -> None:
         """Free the memory of the layer that was used last."""

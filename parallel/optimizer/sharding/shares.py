@@ -19,7 +19,7 @@ from holdfast.parallel.optimizer.parameter_buffer import (
     Span,
     joined,
 )
-from holdfast.parallel.plan import KeptKind, Plan, is_whole, keepers, shard_group
+from holdfast.parallel.plan import KeptKind, Plan, is_apart, keepers, shard_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class LayerShares:
     shares: Mapping[int, tuple[Span, ...]]
     """Keeper -> its blocks, as joined places in the flat index space, ascending."""
     whole: tuple[Span, ...] = ()
-    """The rows that other parts have too, beside shared rows of a parameter: each rank keeps the
-    sums of its own gradients of these."""
+    """What is not shared, of these parameters. Of gradients: the rows that other parts have too,
+    beside shared rows; each rank keeps the sums of its own. Of parameters: the rank's experts."""
 
     def taken(self, keeper: int, sender: int) -> tuple[Span, ...]:
         """What a keeper adds of a sender's gradients to its sums."""
@@ -53,8 +53,7 @@ def kept_spans(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Sequence[Segm
         spans = [
             span_of(block, segment)
             for segment, block in placed_blocks(plan, segments)
-            if rank in keepers(plan, block, kept, segment.layer)
-            or (kept == "gradients" and is_whole(plan, block))
+            if rank in keepers(plan, block, kept, segment.layer) or is_apart(plan, block, kept)
         ]
         return KeptSpans(sorted(spans, key=lambda span: span.start))
 
@@ -73,8 +72,10 @@ def layer_shares(
     parameters: dict[int, dict[nn.Parameter, None]] = {}
     whole: dict[nn.Parameter, list[Span]] = {}
     for segment, block in placed_blocks(plan, buffer.segments):
-        if kept == "gradients" and is_whole(plan, block):
+        if is_apart(plan, block, kept):
             whole.setdefault(segment.parameter, []).append(span_of(block, segment))
+            if kept == "parameters":
+                parameters.setdefault(segment.layer, {})[segment.parameter] = None
             continue
         (keeper,) = members.intersection(keepers(plan, block, kept, segment.layer))
         of_layer = spans.setdefault(segment.layer, {})
@@ -85,7 +86,7 @@ def layer_shares(
             layer,
             tuple(found),
             _place(buffer, found),
-            {keeper: _ascending(places) for keeper, places in sorted(spans[layer].items())},
+            {k: _ascending(places) for k, places in sorted(spans.get(layer, {}).items())},
             _ascending(span for parameter in found for span in whole.get(parameter, ())),
         )
         for layer, found in parameters.items()

@@ -18,7 +18,7 @@ from holdfast.parallel.plan import (
     Roster,
     are_aligned,
     contribution_order,
-    is_whole,
+    is_apart,
     keepers,
     replan,
     shard_group,
@@ -121,7 +121,7 @@ def test_an_owner_keeps_its_blocks_and_groups_are_as_even_as_owners(lost: bool) 
     for block in plan.blocks[0]:
         found = keepers(plan, block, "gradients")
         assert plan.owners[0][block.index] in found
-        assert not is_whole(plan, block)
+        assert not is_apart(plan, block, "gradients")
         assert len(found) == (1 if lost else 2)  # three ranks are one group: smaller ones keep more
         for keeper in found:
             loads[keeper] += block.elements

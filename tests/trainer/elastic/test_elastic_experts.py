@@ -84,16 +84,18 @@ SKEWED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("ranks", "respawn"), [(8, True), (4, False)], ids=["replaced", "two teams, not replaced"]
+    ("ranks", "respawn", "shard"),
+    [(8, True, "optimizer"), (4, False, "gradients"), (8, True, "parameters")],
+    ids=["replaced", "two teams, not replaced", "replaced, sharded parameters"],
 )
 def test_three_of_eight_ranks_that_have_experts_alone_are_lost(
-    start: Starter, cluster: Cluster, ranks: int, respawn: bool
+    start: Starter, cluster: Cluster, ranks: int, respawn: bool, shard: str
 ) -> None:
     """Each rank has 2 of 16 experts, as the only one or one of two."""
     expected = bits_of(run_training(cluster, make_config(**SPREAD)))
     run = start(
         **SPREAD,
-        parallel={"data": 8, "expert": ranks},
+        parallel={"data": 8, "expert": ranks, "shard": shard},
         elastic=pace(
             {
                 "respawn": respawn,

@@ -73,6 +73,8 @@ _TYPES: Final = {
     "gpt2": _GPT2,
     "deepseek_v3": _DEEPSEEK,
 }
+_YARN: Final[Mapping[str, Any]] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""The settings of YaRN that transformers takes where they are missing."""
 _HEADED: Final = ("ForCausalLM", "LMHeadModel")
 """The ends of names of classes that have a head."""
 
@@ -224,6 +226,10 @@ def _whole(told: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("head_dim", "n_inner"):
         if key in sizes:
             found[key] = sizes[key]
+    rope = found.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type") == "yarn":
+        given = {key: value for key, value in rope.items() if value is not None}
+        found["rope_parameters"] = {**_YARN, **given}
     if "num_key_value_heads" in found:
         found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
-from holdfast.checkpoint.convert.formats.megatron.models import arguments_of
+from holdfast.checkpoint.convert.formats.megatron.models import arguments_of, describe
 from holdfast.checkpoint.convert.formats.megatron.tokens import token_count, told_vocabulary
 from holdfast.checkpoint.convert.formats.megatron.unlike import (
     FIXED_ARGUMENTS,
@@ -207,6 +208,49 @@ def test_arguments_of_no_model_type_are_named() -> None:
     assert odd_arguments(experts) == []
     [line] = odd_arguments({**experts, "moe_router_pre_softmax": True})
     assert "pre_softmax" in line
+
+
+def test_a_window_of_megatrons_counts_the_keys_beside_the_query() -> None:
+    """As its own mask does; what lies to the right, or has layers without, is named."""
+    mistral = {**ARGUMENTS, "window_size": (4, 0)}
+    assert odd_arguments(mistral) == []
+    described = describe({**mistral, "query_groups": 2}, 8, ())
+    assert described is not None
+    assert (described["model_type"], described["sliding_window"]) == ("mistral", 5)
+    for window in ((4, 1), (4, -1), (4,), 4):
+        [line] = odd_arguments({**ARGUMENTS, "window_size": window})
+        assert line.startswith(f"window_size = {window!r}")
+    [line] = odd_arguments({**mistral, "window_attn_skip_freq": 2})
+    assert line.startswith("window_attn_skip_freq = 2")
+    [line] = odd_arguments({**mistral, "add_qkv_bias": True})  # a Qwen2, which has none
+    assert line.startswith("window_size = (4, 0)")
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama"])
+def test_yarn_and_windows_come_back_from_megatrons_arguments(kind: str) -> None:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+        "mscale": 0.5,
+        "mscale_all_dim": 0.25,
+    }
+    config = {"model_type": kind, "rope_parameters": rope}
+    told = {**arguments_of(config), "query_groups": 8}
+    described = describe(told, 32000, (), kind)
+    assert described is not None
+    assert described["model_type"] == kind
+    assert described["rope_parameters"] == rope
+    # Words that transformers follows only where both are there become the factor itself.
+    alone = describe({**told, "mscale_all_dim": 0.0}, 32000, (), kind)
+    assert alone is not None
+    assert alone["rope_parameters"]["attention_factor"] == pytest.approx(
+        0.05 * math.log(4.0) + 1.0, rel=1e-15
+    )
 
 
 @pytest.mark.parametrize(

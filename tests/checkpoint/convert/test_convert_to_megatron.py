@@ -86,6 +86,7 @@ def test_megatron_loads_experts_over_expert_parallel_ranks(
         ("Llama", {"tie_word_embeddings": True}),
         ("Llama", {"head_dim": 6, "rope_theta": 5e5}),
         ("Qwen2", {"num_key_value_heads": 4}),
+        ("Mistral", {"sliding_window": 5}),
         ("Qwen3", {"head_dim": 8}),
         ("Mixtral", EXPERTS),
         ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}),
@@ -188,10 +189,20 @@ def test_what_megatron_does_not_have_is_named(tmp_path: Path) -> None:
     assert_equal(weights_of(tmp_path / "again"), weights)
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        ("rope_parameters", {**YARN, "attention_factor": 1.2}),
+        ("rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
@@ -212,6 +223,19 @@ def test_a_setting_without_an_argument_is_refused_by_its_name(
     if key in ("rope_scaling", "rope_theta"):
         del described["rope_parameters"]
     (tmp_path / "hf/config.json").write_text(json.dumps({**described, key: value}))
-    name = {"rope_parameters": "rope_type|llama3|partial", "rope_scaling": "rope_type"}.get(key)
+    name = {"rope_parameters": "rope_type|llama3|partial|attention_factor", "rope_scaling": "rope_type"}.get(key)
     with pytest.raises(CheckpointError, match=f"no words for this.*({name or key})"):
         converted(tmp_path / "hf", tmp_path / "megatron", "megatron")
+
+
+@pytest.mark.parametrize("window", [(4, 0), None])
+def test_a_window_that_contradicts_the_arguments_is_named(
+    tmp_path: Path, window: tuple[int, int] | None
+) -> None:
+    """A config.json beside what Megatron saved says 8 keys, and the arguments 5, or all."""
+    make_model("Mistral", tmp_path / "hf", sliding_window=window and window[0] + 1)
+    converted(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    told = tmp_path / "megatron/release/config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "sliding_window": 8}))
+    with pytest.raises(CheckpointError, match="sliding_window is 8, and"):
+        converted(tmp_path / "megatron", tmp_path / "back", "hf")

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from holdfast.checkpoint.convert.formats.megatron.rope import (
+    rope_arguments,
+    rope_of,
+    window_arguments,
+    window_of,
+)
 from holdfast.checkpoint.model_config import explicit
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
 """The arguments without which a model is not described."""
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The settings of Megatron's --use-rope-scaling beside the factor."""
 FAMILIES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -37,7 +38,7 @@ def family_of(arguments: Mapping[str, Any]) -> str:
     alike = (
         told("swiglu") is True
         and told("normalization") == "RMSNorm"
-        and told("position_embedding_type") == "rope"
+        and told("position_embedding_type") in ("rope", "yarn")
         and not told("add_bias_linear")
         and not told("multi_latent_attention")
         and not told("moe_shared_expert_intermediate_size")
@@ -51,7 +52,9 @@ def family_of(arguments: Mapping[str, Any]) -> str:
         return ""
     if told("add_qkv_bias"):
         return "qwen2"
-    return "mixtral" if told("num_experts") else "llama"
+    if told("num_experts"):
+        return "mixtral"
+    return "llama" if window_of(arguments) is None else "mistral"
 
 
 def _is_gpt2(arguments: Mapping[str, Any]) -> bool:
@@ -69,15 +72,18 @@ def _is_gpt2(arguments: Mapping[str, Any]) -> bool:
 
 
 def describe(
-    arguments: Mapping[str, Any], rows: int, names: Collection[str]
+    arguments: Mapping[str, Any], rows: int, names: Collection[str], told_type: str = ""
 ) -> dict[str, Any] | None:
     """The config.json of a model; None if its architecture is none of FAMILIES.
 
     Args:
         rows: the rows of the embedding, without padding.
         names: the names of the model's weights.
+        told_type: the model type by another file: a Mistral without a window is a Llama too.
     """
     family = family_of(arguments)
+    if (family, told_type) == ("llama", "mistral"):
+        family = told_type
     if not family:
         return None
     if family == "gpt2":
@@ -98,7 +104,7 @@ def describe(
         "vocab_size": rows,
         "max_position_embeddings": arguments.get("max_position_embeddings") or 2048,
         "rms_norm_eps": arguments.get("norm_epsilon") or 1e-5,
-        "rope_parameters": _rope(arguments),
+        "rope_parameters": rope_of(arguments),
         "rope_theta": float(arguments.get("rotary_base") or 10000),
         "tie_word_embeddings": "lm_head.weight" not in names,
         "hidden_act": "silu",
@@ -112,8 +118,8 @@ def describe(
         described["num_experts_per_tok"] = arguments.get("moe_router_topk") or 2
         described["router_aux_loss_coef"] = arguments.get("moe_aux_loss_coeff") or 0.0
         described["num_local_experts" if family == "mixtral" else "num_experts"] = experts
-    if family == "mixtral":
-        described["sliding_window"] = None
+    if family in ("mistral", "mixtral"):
+        described["sliding_window"] = window_of(arguments)
     if family == "qwen3_moe":
         described["moe_intermediate_size"] = expert_wide
         described["norm_topk_prob"] = not arguments.get("moe_router_pre_softmax")
@@ -143,14 +149,6 @@ def _describe_gpt2(
     }
 
 
-def _rope(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    base = float(arguments.get("rotary_base") or 10000)
-    if not arguments.get("use_rope_scaling"):
-        return {"rope_type": "default", "rope_theta": base}
-    factor = float(arguments.get("rope_scaling_factor") or 8.0)
-    return {"rope_type": "llama3", "rope_theta": base, "factor": factor, **LLAMA3_ROPE}
-
-
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron's arguments for the model in config.json, as far as that file describes it.
 
@@ -167,8 +165,6 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     groups = config.get("num_key_value_heads") or heads
     experts = config.get("num_local_experts")
     wide = config["intermediate_size"]
-    rope = config["rope_parameters"]
-    kind = rope["rope_type"]
     found = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -178,10 +174,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_query_groups": groups,
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "max_position_embeddings": config["max_position_embeddings"],
-        "position_embedding_type": "rope",
-        "rotary_base": int(rope["rope_theta"]),
-        "rotary_percent": 1.0,
-        "use_rope_scaling": kind == "llama3",
+        **rope_arguments(config["rope_parameters"]),
         "normalization": "RMSNorm",
         "norm_epsilon": config["rms_norm_eps"],
         "swiglu": True,
@@ -192,8 +185,8 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_dropout": config.get("attention_dropout") or 0.0,
         "hidden_dropout": 0.0,
     }
-    if kind == "llama3":
-        found["rope_scaling_factor"] = float(rope["factor"])
+    if family == "mistral":
+        found |= window_arguments(config["sliding_window"])
     if family in ("mixtral", "qwen3_moe") and experts:
         found |= {
             "num_experts": experts,

@@ -148,7 +148,9 @@ def _check_alike(catalog: Catalog, arguments: Mapping[str, Any]) -> None:
     """
     config = config_of(catalog)
     size, tokens = config.get("vocab_size"), token_count(arguments)
-    described = describe(arguments, size, catalog.files) if isinstance(size, int) else None
+    if not isinstance(size, int):
+        return
+    described = describe(arguments, size, catalog.files, str(config.get("model_type")))
     if described is None:
         return
     # Which weights are tied, the weights tell.

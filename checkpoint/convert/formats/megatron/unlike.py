@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from holdfast.checkpoint.convert.formats.megatron.models import (
-    LLAMA3_ROPE,
+    FAMILIES,
     NEEDED,
     TANH_GELU,
     family_of,
 )
-from holdfast.checkpoint.model_config import explicit, unhonoured
+from holdfast.checkpoint.convert.formats.megatron.rope import is_window, odd_rope
+from holdfast.checkpoint.model_config import MODEL_TYPES, explicit, unhonoured
 
 FIXED_ARGUMENTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "activation_func_clamp_value": (None,),
@@ -77,18 +78,29 @@ def odd_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """
     if any(not arguments.get(key) for key in NEEDED):
         return []
+    family = family_of(arguments)
+    honoured = set(_honoured(arguments, family))
     found = [
         f"{key} = {arguments[key]!r} (accepted is {accepted[0]!r})"
         for key, accepted in FIXED_ARGUMENTS.items()
-        if arguments.get(key) is not None and not _among(arguments[key], accepted)
+        if arguments.get(key) is not None
+        and key not in honoured
+        and not _among(arguments[key], accepted)
     ]
-    family = family_of(arguments)
     if not family and not found:
         shown = ", ".join(f"{key} = {arguments.get(key)!r}" for key in _CHOSEN)
         found.append(f"together, {shown}")
     if family == "mixtral" and arguments.get("moe_router_pre_softmax"):
         found.append("moe_router_pre_softmax = True (accepted is False, without qk_layernorm)")
     return found
+
+
+def _honoured(arguments: Mapping[str, Any], family: str) -> Iterator[str]:
+    """The arguments in FIXED_ARGUMENTS that a model of this type may have with other values."""
+    if arguments.get("position_embedding_type") == "yarn":
+        yield "rotary_scaling_factor"
+    if family in ("llama", "mistral") and is_window(arguments.get("window_size")):
+        yield "window_size"
 
 
 def _among(value: Any, accepted: tuple[Any, ...]) -> bool:
@@ -103,20 +115,12 @@ def odd_settings(config: Mapping[str, Any]) -> Iterator[str]:
         return
     for key, value, accepted in unhonoured(config):
         yield f"{key} = {json.dumps(value)} (accepted is {accepted})"
+    kind = config.get("model_type")
+    if kind in MODEL_TYPES and kind not in FAMILIES:
+        yield f"model_type = {json.dumps(kind)} (accepted are {', '.join(FAMILIES)})"
     told = explicit(config)
     activation = told.get("activation_function", "gelu")
     if activation not in ("gelu", *TANH_GELU):
         allowed = ", ".join(("gelu", *TANH_GELU))
         yield f"activation_function = {json.dumps(activation)} (accepted are {allowed})"
-    rope = told.get("rope_parameters") or {}
-    kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", 0)
-    if kind not in ("default", "llama3"):
-        yield f"rope_type = {json.dumps(kind)} (accepted are default and llama3)"
-    if kind == "llama3":
-        for key, value in LLAMA3_ROPE.items():
-            if rope.get(key) != value:
-                yield f"{key} of llama3 = {json.dumps(rope.get(key))} (accepted is {value})"
-        if not rope.get("factor"):
-            yield "rope_type llama3 without a factor"
-    if int(base) != base:
-        yield f"rope_theta = {base} (Megatron has whole numbers)"
+    yield from odd_rope(told.get("rope_parameters") or {})

@@ -223,7 +223,8 @@ def test_a_setting_without_an_argument_is_refused_by_its_name(
     if key in ("rope_scaling", "rope_theta"):
         del described["rope_parameters"]
     (tmp_path / "hf/config.json").write_text(json.dumps({**described, key: value}))
-    name = {"rope_parameters": "rope_type|llama3|partial|attention_factor", "rope_scaling": "rope_type"}.get(key)
+    named = {"rope_parameters": "rope_type|llama3|partial|attention_factor"}
+    name = {**named, "rope_scaling": "rope_type"}.get(key)
     with pytest.raises(CheckpointError, match=f"no words for this.*({name or key})"):
         converted(tmp_path / "hf", tmp_path / "megatron", "megatron")
 

@@ -45,7 +45,7 @@ def logits(
     """The logits of tokens, float[batch, seq, padded_vocab]."""
     from megatron.core import dist_checkpointing, tensor_parallel
 
-    tensor_parallel.get_cuda_rng_tracker = _NoGenerators
+    tensor_parallel.get_cuda_rng_tracker = _NoGenerators  # type: ignore[assignment]
     parallel_state = start(rank, world_size, store, 1, 1)
     with OnCpu(), torch.no_grad():
         common: Any = dist_checkpointing.load_common_state_dict(folder)

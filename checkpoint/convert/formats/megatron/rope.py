@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, TypeGuard
 
 LLAMA3_ROPE: Final = {
     "low_freq_factor": 1.0,
@@ -125,7 +125,7 @@ def window_of(arguments: Mapping[str, Any]) -> int | None:
     return int(pair[0]) + 1
 
 
-def is_window(pair: Any) -> bool:
+def is_window(pair: Any) -> TypeGuard[Sequence[int]]:
     """Whether a `window_size` of Megatron's is one of a model of text: (keys, 0)."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         return False

@@ -23,6 +23,7 @@ from holdfast.parallel.context_parallel.kernels import (
     attend_backward,
     merge,
 )
+from holdfast.parallel.context_parallel.logits import Note, largest_logits
 from holdfast.parallel.context_parallel.pieces import Piece, pieces_of
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Documents
@@ -38,11 +39,23 @@ class Work:
     batch: int
     window: int = 0
     """The keys that a query sees, itself included; 0: all before it."""
+    note: Note | None = None
+    """None: logits are not asked for."""
 
     def pieces(self, number: int) -> Iterator[Piece]:
         """The pieces of a slice."""
         places = self.slices.tokens(number)
         return pieces_of(places.start, places.stop, self.documents, self.batch, self.window)
+
+    def note_logits(self, number: int, query: Tensor, keys: Tensor) -> None:
+        """Note the largest logits of a slice's queries, if they are asked for.
+
+        Args:
+            query, keys: as of `largest_logits`.
+        """
+        if self.note is not None:
+            place, pieces = self.slices.tokens(number).start, self.pieces(number)
+            self.note(number, partial(largest_logits, pieces, place, query, keys, self.window))
 
     def mask(self, piece: Piece, query: Tensor) -> Tensor | None:
         """The mask of a piece's keys, with a window; None: those up to a query's own are seen."""
@@ -110,6 +123,7 @@ def stacked(key: Sequence[Tensor], value: Sequence[Tensor]) -> Tensor:
 def slice_forward(work: Work, number: int, query: Tensor, keys: Tensor, values: Tensor) -> Attended:
     """The attention of one slice."""
     place = work.slices.tokens(number).start
+    work.note_logits(number, query, keys)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = query.dtype if query.element_size() >= 4 else torch.float32
     logsumexp = torch.empty(query.shape[:3], dtype=wide, device=query.device)

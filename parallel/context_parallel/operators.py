@@ -9,7 +9,7 @@ would do it, with the same bits: exact-mode safe. In fast mode keys may go round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from holdfast.parallel.context_parallel.attention import (
     stacked,
 )
 from holdfast.parallel.context_parallel.kernels import Attended
+from holdfast.parallel.context_parallel.logits import Note
 from holdfast.parallel.context_parallel.ring import ring_attention
 from holdfast.parallel.context_parallel.stretches import stretch_attention
 from holdfast.parallel.layout import Slices
@@ -55,6 +56,7 @@ class ContextParallel:
         kept: dict[object, Any],
         name: object,
         window: int = 0,
+        note: Note | None = None,
     ) -> list[Tensor]:
         """Attention of this rank's slices. Collective over the group.
 
@@ -68,10 +70,11 @@ class ContextParallel:
                 which this attention keeps it.
             window: the keys that a query sees, itself included; 0: all before it. It goes with
                 every exchange but the ring.
+            note: called for each own slice, and not by the ring; None: logits are not asked for.
         Returns:
             Of each own slice, float[micro_batch, heads, length, head_dim].
         """
-        work = Work(slices, documents, query[0].shape[0], window)
+        work = Work(slices, documents, query[0].shape[0], window, note)
         if self.group is not None and self.exchange == "ring":
             return ring_attention(query, key, value, work, self.group)
         heads, kv_heads = query[0].shape[1], key[0].shape[1]
@@ -129,8 +132,32 @@ def _by_heads(
     of_heads = _SlicesToHeads.apply(slices, group, *grouped)
     split = [part.split([heads, kv_heads, kv_heads], dim=1) for part in of_heads]
     q, k, v = zip(*split, strict=True)
-    whole = replace(work, slices=slices.whole())
-    return list(_HeadsToSlices.apply(slices, group, *attention(q, k, v, whole)))
+    logits: dict[int, Tensor] = {}
+    asked = None if work.note is None else partial(_keep, logits)
+    mixed = attention(q, k, v, replace(work, slices=slices.whole(), note=asked))
+    if work.note is not None:
+        _note_all_heads(logits, work.slices, group, work.note)
+    return list(_HeadsToSlices.apply(slices, group, *mixed))
+
+
+def _keep(logits: dict[int, Tensor], number: int, largest: Callable[[], Tensor]) -> None:
+    logits[number] = largest()
+
+
+def _note_all_heads(
+    logits: Mapping[int, Tensor], slices: Slices, group: Communicator, note: Note
+) -> None:
+    """Note the largest logits of all heads of the own slices. Collective over the group.
+
+    Args:
+        logits: of this rank's heads of all slices, by slice.
+    """
+    mine = torch.stack([logits[number] for number in slices.numbers])
+    received = [torch.empty_like(mine) for _ in range(group.size)]
+    group.all_gather(received, mine).wait()
+    for number in slices.own:
+        place = slices.numbers.index(number)
+        note(number, partial(torch.cat, [part[place] for part in received]))
 
 
 def _to_heads(slices: Slices, group: Communicator, own: Sequence[Tensor]) -> list[Tensor]:

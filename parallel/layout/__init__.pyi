@@ -15,6 +15,7 @@ from .mesh import (
     Mesh as Mesh,
 )
 from .parameters import (
+    HeadRows as HeadRows,
     HeldRow as HeldRow,
     Initial as Initial,
     LayerSpec as LayerSpec,

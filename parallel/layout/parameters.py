@@ -25,6 +25,22 @@ class Initial:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRows:
+    """The heads whose queries or keys a tensor makes, and how far each of its rows is scaled down
+    when the logits of a head are too large (QK-clip; Kimi Team 2025, "Kimi K2", section 2.1)."""
+
+    layer: int
+    """The layer of the plan."""
+    powers: tuple[tuple[int, float], ...]
+    """Of the rows of a head: numbers of rows one after another, each with the power of the head's
+    factor by which these are multiplied."""
+    first: int = 0
+    """The first row of the first head, in the logical tensor."""
+    dim: int = 0
+    """The dimension of the logical tensor in which these are its rows."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterSpec:
     """One segment of a local parameter: its part of a logical tensor, and its rules.
 
@@ -60,6 +76,9 @@ class ParameterSpec:
     """Of biases that even loads: what a step changes each by, up where the load, to which its
     gradient is proportional, is below the mean, and down where it is above. None: the optimizer
     updates it."""
+    heads: HeadRows | None = None
+    """The heads whose queries or keys it makes, if QK-clip scales any of them; None: it does not.
+    """
 
     @property
     def rows(self) -> int:

@@ -31,10 +31,12 @@ from .rules import (
     MASTER as MASTER,
     OPTIMIZERS as OPTIMIZERS,
     BlockUpdate as BlockUpdate,
+    HeadFactors as HeadFactors,
     OptimizerRule as OptimizerRule,
     OwnKey as OwnKey,
     ParameterGroups as ParameterGroups,
     StateFormat as StateFormat,
+    head_factors as head_factors,
     matched_by_none as matched_by_none,
     rule_of as rule_of,
 )

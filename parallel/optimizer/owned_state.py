@@ -23,6 +23,7 @@ from holdfast.parallel.optimizer.rules import (
     Place,
     StateFormat,
 )
+from holdfast.parallel.plan import block_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class OwnedState:
             )
             if self.host is not None:
                 state[MASTER], gradients = self.host.master[here], self.host.gradients
-            place = groups.place(block.spec)
+            place = groups.place(block.spec, block_box(block.spec, block.block))
             found.append(block_update(self.form, state, gradients[here], place))
         return found
 
@@ -193,4 +194,5 @@ def block_update(
         group=place.group,
         matrix=place.matrix,
         balance=place.balance,
+        heads=place.heads,
     )

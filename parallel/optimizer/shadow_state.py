@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.rules import (
     MASTER,
     BlockUpdate,
+    HeadFactors,
     ParameterGroups,
     Place,
     StateFormat,
 )
-from holdfast.parallel.plan import BlockKey, Plan, update_ends
+from holdfast.parallel.plan import BlockKey, Plan, block_box, update_ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,10 @@ class ShadowState:
         """
         self.blocks = shadowed_blocks(plan, rank)
         self._form, self._groups = form, groups
-        self._places = [groups.place(block.spec) for block in self.blocks]
+        self._places = [
+            groups.place(block.spec, block_box(block.spec, plan.block(block.key)))
+            for block in self.blocks
+        ]
         self.in_host_memory = in_host_memory
         places = {block.key: Span(block.start, block.stop) for block in self.blocks}
         self.routes = follower_routes(plan, rank, places, bucket_elements)
@@ -252,11 +257,18 @@ class ShadowState:
             for span in places.get(block.key, ()):
                 part(span.start, span.stop).copy_(master[block.start : block.stop])
 
-    def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
+    def update(
+        self,
+        lr: float,
+        factor: float,
+        fence: Fence | None = None,
+        heads: HeadFactors = MappingProxyType({}),
+    ) -> None:
         """Apply the update of the committed step. Local.
 
         Args:
             fence: called before a block changes, with its position in `blocks`.
+            heads: the factors of heads that are clipped.
         """
         if not self.blocks:
             return
@@ -265,14 +277,19 @@ class ShadowState:
             copies.gradients.mul_(factor)
         copies.step.add_(1)
         if self._staged is not None:
-            self._update_through(self._staged, copies, lr, fence)
+            self._update_through(self._staged, copies, lr, fence, heads)
             return
         if fence is not None:
             fence(len(self.blocks) - 1)
-        self._groups.update(self._updates, copies.step, lr)
+        self._groups.update(self._updates, copies.step, lr, heads)
 
     def _update_through(
-        self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float, fence: Fence | None
+        self,
+        staged: Mapping[str, Tensor],
+        copies: ShadowCopies,
+        lr: float,
+        fence: Fence | None,
+        heads: HeadFactors,
     ) -> None:
         """Update copies in host memory block by block, through device memory."""
         for first, last in self._runs:
@@ -288,7 +305,7 @@ class ShadowState:
                     self.blocks[first:last], self._places[first:last], strict=True
                 )
             ]
-            self._groups.update(updates, copies.step, lr)
+            self._groups.update(updates, copies.step, lr, heads)
             for kind, values in staged.items():
                 copies.kinds[kind][here].copy_(values[:size], non_blocking=True)
             if copies.rounded is not None:

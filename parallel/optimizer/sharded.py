@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.kernels import operations_of
 from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.optimizer.rules import MASTER, ParameterGroups, StateFormat
+from holdfast.parallel.optimizer.rules import MASTER, HeadFactors, ParameterGroups, StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
 from holdfast.parallel.plan import BlockKey, Plan, shards, update_ends
@@ -262,18 +263,27 @@ class ShardedOptimizer:
                 squares[self.slot(block.key)] = square
         return squares, flags | raised
 
-    def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
+    def update(
+        self,
+        lr: float,
+        factor: float,
+        fence: Fence | None = None,
+        heads: HeadFactors = MappingProxyType({}),
+    ) -> None:
         """Update the owned blocks with their gradients times `factor`. Local.
 
         It is called only after the vote: every rank that calls it can finish.
 
         Args:
             fence: called before a block changes, with its position in `owned`.
+            heads: the factors of heads that are clipped.
         """
-        for _ in self._updated_buckets(lr, factor, fence):
+        for _ in self._updated_buckets(lr, factor, fence, heads):
             pass
 
-    def _updated_buckets(self, lr: float, factor: float, fence: Fence | None) -> Iterator[int]:
+    def _updated_buckets(
+        self, lr: float, factor: float, fence: Fence | None, heads: HeadFactors
+    ) -> Iterator[int]:
         """Update bucket by bucket, in the order of first use. Gives the row of each updated one."""
         state = self.owned_state
         if factor != 1.0:
@@ -289,7 +299,7 @@ class ShardedOptimizer:
                 stop = min(end, free)
                 while self._ends[stop - 1] > stop:  # in the middle of a matrix
                     stop -= 1
-                self._constants.update(self._updates[position:stop], state.step, lr)
+                self._constants.update(self._updates[position:stop], state.step, lr, heads)
                 position = stop
             state.end_update(run[0].begin, end)
             yield from (owned.bucket.row for owned in run)
@@ -301,6 +311,7 @@ class ShardedOptimizer:
         lr: float,
         factor: float,
         fence: Fence | None = None,
+        heads: HeadFactors = MappingProxyType({}),
         sending: Callable[[], None] = lambda: None,
     ) -> None:
         """Update the owned blocks, and begin to gather the parameters of all blocks.
@@ -311,12 +322,13 @@ class ShardedOptimizer:
 
         Args:
             fence: called before a block changes, with its position in `owned`.
+            heads: the factors of heads that are clipped.
             sending: called once the first parameters are on their way, or would be.
         """
         buffer = self.owned_state.buffer
         sends: list[Handle] = []
         lost: PeerLost | None = None
-        for number, row in enumerate(self._updated_buckets(lr, factor, fence)):
+        for number, row in enumerate(self._updated_buckets(lr, factor, fence, heads)):
             if lost is None:
                 try:
                     parameters = self.owned_state.parameters

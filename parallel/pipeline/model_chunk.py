@@ -56,6 +56,9 @@ class MicroBatchContext:
     """Called with each layer but the last, its hidden states of the own slices, and this."""
     loads: dict[TokensKey, Tensor] = field(default_factory=dict)
     """What routers note in training: the choices of each expert, int64[experts]."""
+    logits: dict[TokensKey, Tensor] | None = None
+    """What attention notes if it is asked: the largest logit of each query head of the part, of the
+    slice's queries: float64[heads]."""
     experts: ExpertTeam | None = None
     """The ranks that have the experts of the tokens; None: those of the tensor group, by part."""
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.parallel.layout import ParameterSpec, Slices, slices_of
 from holdfast.parallel.optimizer import OPTIMIZERS, ParameterGroups
-from holdfast.parallel.pipeline import Chunk, MicroBatchContext
+from holdfast.parallel.pipeline import Chunk, MicroBatchContext, TokensKey
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.check.capture import (
     ActivationRecorder,
@@ -56,7 +56,8 @@ def run_reference(config: RunConfig) -> RankCapture:
     watch_chunk(recorder, chunk, config.model.hidden)
     for step in range(train.steps):
         chunk.zero_grad()
-        capture.losses.append(_backward_passes(config, chunk, data, step, running))
+        logits: dict[TokensKey, Tensor] = {}
+        capture.losses.append(_backward_passes(config, chunk, data, step, running, logits))
         for first, second in tied:
             assert first.grad is not None
             assert second.grad is not None
@@ -73,6 +74,7 @@ def run_reference(config: RunConfig) -> RankCapture:
             for group in optimizer.param_groups:
                 group["lr"] = rate_of(config, step) * factor
             optimizer.step()
+        _clip(segments, logits, config)
         for segment in segments:
             segment.write()
         for first, second in tied:
@@ -167,12 +169,18 @@ def _optimizers(
 
 
 def _backward_passes(
-    config: RunConfig, chunk: Chunk, data: Dataset, step: int, running: list[int]
+    config: RunConfig,
+    chunk: Chunk,
+    data: Dataset,
+    step: int,
+    running: list[int],
+    logits: dict[TokensKey, Tensor],
 ) -> float:
     """Add the gradients of a step's mean loss to `grad`. Returns that loss.
 
     Args:
         running: gets the number of the computed micro-batch as its one item.
+        logits: gets what attention notes.
     """
     train = config.train
     predicted = max(1, data.predicted(step, global_batch=train.global_batch))
@@ -186,13 +194,40 @@ def _backward_passes(
             micro_batch_size=train.micro_batch,
         )
         context = MicroBatchContext(
-            step, micro_batch, True, batch, 1.0 / predicted, train.z_loss_coef, _slices(config)
+            step,
+            micro_batch,
+            True,
+            batch,
+            1.0 / predicted,
+            train.z_loss_coef,
+            _slices(config),
+            logits=logits if config.optimizer.qk_clip else None,
         )
         losses = chunk(None, context)
         (losses.sum() / predicted).backward()
         # Those of further tokens stand behind that of the next ones, of each slice.
         total += losses.view(context.slices.count, -1)[:, 0].sum().item()
     return total / predicted
+
+
+@torch.no_grad()
+def _clip(
+    segments: Sequence[_Segment], logits: Mapping[TokensKey, Tensor], config: RunConfig
+) -> None:
+    """QK-clip by its definition: head after head."""
+    for segment in segments:
+        heads = segment.spec.heads
+        noted = [found for key, found in logits.items() if heads and key.layer == heads.layer]
+        if heads is None or not noted:
+            continue
+        rows = segment.own.movedim(heads.dim, 0)
+        size = sum(count for count, _ in heads.powers)
+        for head, largest in enumerate(torch.stack(noted).amax(0).tolist()):
+            place = head * size + heads.first - segment.spec.box.start[heads.dim]
+            for count, power in heads.powers:
+                if largest > config.optimizer.qk_clip:
+                    rows[place : place + count] *= (config.optimizer.qk_clip / largest) ** power
+                place += count
 
 
 def _slices(config: RunConfig) -> Slices:

@@ -17,6 +17,9 @@ float64, which AdamW magnifies where a gradient is nearly zero."""
 _RATE = 1e-3
 """The learning rate; those of groups are in proportion."""
 
+_LOGIT = 1e-3
+"""The limit of logits, which those of initial weights exceed."""
+
 
 def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     """The configuration at a size that a laptop replays in seconds, in float64. Pure.
@@ -96,5 +99,6 @@ def _optimizer(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
             for group in optimizer.groups
         ],
         block_elements=64,
+        qk_clip=_LOGIT if optimizer.qk_clip else 0.0,
         **OPTIMIZERS[optimizer.name].in_checks,
     )

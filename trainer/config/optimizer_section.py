@@ -92,6 +92,9 @@ class OptimizerConfig(_Table, frozen=True):
     nearest after each update."""
     ema: float = 0.0
     """The share of the moving average of the weights that stays in an update; 0: there is none."""
+    qk_clip: float = 0.0
+    """The limit of a head's logits, beyond which its queries and keys are scaled down after a step;
+    0: there is none."""
     block_elements: int = 1048576
 
     @property

@@ -106,6 +106,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "eps": Range(0, 1e30, is_open=True),
         "weight_decay": Range(0, 1e30),
         "ema": Range(0, 1),
+        "qk_clip": Range(0, 1e30),
         "block_elements": Range(1, 2**40),
     },
     "numerics": {

@@ -25,7 +25,7 @@ from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.sections import ramp_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.config.vocabulary import BYTE_VOCAB
-from holdfast.trainer.models import family_of, windows_of
+from holdfast.trainer.models import clips_heads, family_of, windows_of
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
@@ -145,6 +145,12 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     yield from stage_problems(config.optimizer)
     yield from moment_problems(config.optimizer)
     yield from average_problems(config.optimizer)
+    if config.optimizer.qk_clip > 0 and not clips_heads(config.model):
+        yield (
+            f"optimizer.qk_clip = {config.optimizer.qk_clip}: model.family = "
+            f"{config.model.family!r} norms the queries and keys of each head, so that scaling "
+            "their weights changes no logit; set it to 0"
+        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -325,6 +331,11 @@ def _slices(config: RunConfig) -> Iterator[str]:
         yield (
             "parallel.context_exchange = 'ring' sends all keys round, and layers of [model] see a "
             "window of them; use 'keys' or 'heads'"
+        )
+    if parallel.context_exchange == "ring" and config.optimizer.qk_clip > 0:
+        yield (
+            f"optimizer.qk_clip = {config.optimizer.qk_clip} with parallel.context_exchange = "
+            "'ring', which tells no logits; use 'keys' or 'heads'"
         )
 
 

@@ -10,6 +10,7 @@ from .compilation import (
 from .family import (
     FAMILIES as FAMILIES,
     RegionSizes as RegionSizes,
+    clips_heads as clips_heads,
     experts_of as experts_of,
     family_of as family_of,
     further_losses_of as further_losses_of,

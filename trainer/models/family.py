@@ -162,6 +162,9 @@ class Family(Generic[M]):
     """(section) -> the experts of a layer; 0: there are none."""
     windows: Callable[[M], Sequence[int]] = lambda model: ()
     """(section) -> by layer, the keys that a query sees, itself included; 0: all. Empty: all."""
+    clips_heads: Callable[[M], bool] = lambda model: False
+    """(section) -> whether attention notes its logits and rows of the table say which of them make
+    the queries and keys of each head, so that QK-clip can scale these."""
     training_only: TrainingOnly[M] | None = None
     """The layers that serve training alone; None: there are none."""
     compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None
@@ -182,6 +185,11 @@ def experts_of(model: ModelConfig) -> int:
 def windows_of(model: ModelConfig) -> Sequence[int]:
     """By layer, the keys that a query sees, itself included; 0: all. Empty: all. Pure."""
     return family_of(model.family).windows(model)
+
+
+def clips_heads(model: ModelConfig) -> bool:
+    """Whether QK-clip can scale the queries and keys of heads. Pure."""
+    return family_of(model.family).clips_heads(model)
 
 
 def further_losses_of(model: ModelConfig) -> int:

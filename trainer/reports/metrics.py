@@ -49,6 +49,8 @@ class StepMetrics:
     multi_token_loss: float | None = None
     """The loss of what the layer behind the last one predicts; without one there is no such key."""
     multi_token_loss_hex: str = ""
+    attention_logit: dict[str, float] = field(default_factory=dict)
+    """By layer, the largest logit of attention before the update, with optimizer.qk_clip."""
     expert_load: dict[str, float] = field(default_factory=dict)
     """By layer with experts, the choices of the one with most over the mean."""
     expert_entropy: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,7 @@ _LEFT_OUT = (
     "output_max",
     "multi_token_loss",
     "multi_token_loss_hex",
+    "attention_logit",
     "expert_load",
     "expert_entropy",
     "experts_unused",

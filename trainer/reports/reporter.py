@@ -115,6 +115,7 @@ class Reporter:
         for name, norms in (("grad", metrics.grad_norms), ("param", metrics.param_norms)):
             extra |= {f"{name}_norm/{layer}": norm for layer, norm in norms.items()}
         for tag, values in (
+            ("attention_logit", metrics.attention_logit),
             ("experts_load", metrics.expert_load),
             ("experts_entropy", metrics.expert_entropy),
             ("experts_unused", metrics.experts_unused),
@@ -190,6 +191,11 @@ class Reporter:
             output_max={name: output[1] for name, output in outputs.items()},
             multi_token_loss=further[0] if further else None,
             multi_token_loss_hex=further[0].hex() if further else "",
+            attention_logit={
+                layer.name: max(of_heads)
+                for layer, of_heads in zip(plan.layers, outcome.logits, strict=False)
+                if of_heads
+            },
             expert_load={name: load.most for name, load in loads.items()},
             expert_entropy={name: load.entropy for name, load in loads.items()},
             experts_unused={name: load.unused for name, load in loads.items()},

@@ -98,6 +98,7 @@ class MicroBatches:
             kept,
             self.notes.watch if self.notes.parts else None,
             self.notes.loads,
+            self.notes.logits if self.training and self._config.optimizer.qk_clip else None,
             self._experts,
         )
 

@@ -1,4 +1,5 @@
-"""What layers note of tokens in a step: the loads of experts, and the sizes of their outputs.
+"""What layers note of tokens in a step: the loads of experts, the sizes of their outputs, and the
+largest logits of attention.
 
 Of a layer's output a rank adds up the squares of each part's tokens of each slice by themselves, in
 an order that no layout changes, and notes the largest absolute value. Sums of several such numbers
@@ -43,6 +44,8 @@ Loads = dict[TokensKey, Tensor]
 """The choices of each expert of a layer, of a part of the tokens of a slice: int64[experts]."""
 Outputs = dict[TokensKey, TokensOutput]
 """By layer and tokens."""
+Logits = dict[TokensKey, Tensor]
+"""The largest logit of each head of a part, of a slice's queries: float64[heads]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Notes:
     """The parts whose tokens' outputs are noted, in the order in which the rank has them."""
     loads: Loads = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
+    logits: Logits = field(default_factory=dict)
 
     def watch(self, layer: int, values: Sequence[Tensor], context: MicroBatchContext) -> None:
         """Note a layer's hidden states of each own slice."""
@@ -64,13 +68,19 @@ class Notes:
 
     def and_of(self, other: Notes) -> Notes:
         """These notes and others', which take precedence. Pure."""
-        return Notes(self.parts, self.loads | other.loads, self.outputs | other.outputs)
+        return Notes(
+            self.parts,
+            self.loads | other.loads,
+            self.outputs | other.outputs,
+            self.logits | other.logits,
+        )
 
     def only(self, keeps: Callable[[TokensKey], bool]) -> Notes:
         """The notes of some tokens. Pure."""
         loads = {key: load for key, load in self.loads.items() if keeps(key)}
         outputs = {key: output for key, output in self.outputs.items() if keeps(key)}
-        return Notes(self.parts, loads, outputs)
+        logits = {key: largest for key, largest in self.logits.items() if keeps(key)}
+        return Notes(self.parts, loads, outputs, logits)
 
 
 def output_of(hidden: Tensor) -> TokensOutput:
@@ -82,6 +92,32 @@ def output_of(hidden: Tensor) -> TokensOutput:
     if not math.isfinite(squares):
         return TokensOutput(0.0, math.inf, values.numel())
     return TokensOutput(squares, float(values.abs().max()), values.numel())
+
+
+def largest_of(logits: Logits, layers: int, heads: int) -> Tensor:
+    """The largest logit of each head of each layer in a rank's notes: float64[layers, heads].
+
+    It is minus infinity where the rank has none. Local; waits for the device.
+
+    Args:
+        layers, heads: those of the model.
+    """
+    found = torch.full((layers, heads), -torch.inf, dtype=torch.float64)
+    for key, largest in logits.items():
+        here = found[key.layer, key.part * len(largest) :][: len(largest)]
+        torch.maximum(here, largest.to(here), out=here)
+    return found
+
+
+def by_layer(largest: Tensor) -> tuple[tuple[float, ...], ...]:
+    """The largest logits of heads by layer, as of `Outcome.logits`. Pure.
+
+    Args:
+        largest: as of `largest_of`, of all ranks.
+    """
+    layers = [row if max(row) > -math.inf else [] for row in largest.tolist()]
+    finite = all(math.isfinite(value) for row in layers for value in row)
+    return tuple(map(tuple, layers)) if finite else ()
 
 
 def place_of(plan: Plan, rank: int) -> tuple[int, int]:

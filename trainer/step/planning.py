@@ -105,7 +105,8 @@ def context_exchange(config: RunConfig) -> Literal["heads", "keys", "ring"]:
         return parallel.context_exchange
     if config.model.heads % (config.tensor_parts * parallel.context) == 0:
         return "heads"
-    if config.numerics.reduction == "exact" or any(windows_of(config.model)):
+    needs_keys = any(windows_of(config.model)) or config.optimizer.qk_clip > 0
+    if config.numerics.reduction == "exact" or needs_keys:
         return "keys"
     return "ring"
 

@@ -44,7 +44,10 @@ NO_REQUESTS = Requests()
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of a step's vote: equal on all ranks, bit for bit."""
+    """The outcome of a step's vote: equal on all ranks, bit for bit.
+
+    It has a field for each thing that the vote tells.
+    """
 
     loss: float
     """The mean over the step's tokens, before the update."""
@@ -72,6 +75,9 @@ class Outcome:
     further_losses: tuple[float, ...] = ()
     """The means of the losses of further tokens, over all of the step's tokens; empty: there are
     none, or the step is not sound."""
+    logits: tuple[tuple[float, ...], ...] = ()
+    """Of each layer, the largest logit of each head in the step, empty where it has no attention;
+    empty: they were not asked for, or are not finite."""
 
     @property
     def has_numbers(self) -> bool:

@@ -23,10 +23,12 @@ from holdfast.parallel.optimizer import (
     BackgroundTransfer,
     Fence,
     GradientAccumulator,
+    HeadFactors,
     ParameterBuffer,
     ShadowState,
     ShardedOptimizer,
     clipping_factor,
+    head_factors,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
 from holdfast.parallel.plan import (
@@ -68,7 +70,7 @@ from holdfast.trainer.step.evaluation import (
 )
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
-from holdfast.trainer.step.notes import packed, place_of
+from holdfast.trainer.step.notes import Logits, by_layer, largest_of, packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included
 from holdfast.trainer.step.progress import (
@@ -432,9 +434,11 @@ class Training:
             (len(outputs), outputs.shape[1]),
             kinds,
         )
+        logits = self._largest_logits(notes.logits)
         summed = ballot.pack(squares, slots, flags, requests, parameters, notes.loads, outputs)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
+        outcome = replace(outcome, logits=logits)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)
         if not outcome.usable:
             before = self.progress.outcome
@@ -443,6 +447,17 @@ class Training:
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
+
+    def _largest_logits(self, noted: Logits) -> tuple[tuple[float, ...], ...]:
+        """The largest logit of each head, as of `Outcome.logits`. Collective over all ranks.
+
+        The largest of several is the same in any order, and one that is told twice counts once.
+        """
+        if not self.config.optimizer.qk_clip:
+            return ()
+        found = largest_of(noted, len(self.plan.layers), self.config.model.heads)
+        self.groups.control.all_reduce(found, "max").wait()
+        return by_layer(found)
 
     def apply(self, lr: float, at: AtPhase = no_hook) -> None:
         """D: update by owners, gather parameters. Collective over the replicas of a stage.
@@ -468,16 +483,19 @@ class Training:
         self._update(lr, self.optimizer.update)
         self._is_gathering = False
 
-    def _update(self, lr: float, update: Callable[[float, float, Fence | None], None]) -> None:
+    def _update(
+        self, lr: float, update: Callable[[float, float, Fence | None, HeadFactors], None]
+    ) -> None:
         outcome = self.progress.outcome
         assert outcome is not None
         if outcome.usable:
             self.progress.complete = False
             factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
+            heads = head_factors(outcome.logits, self.config.optimizer.qk_clip)
             fence, numbers = self._fence, block_numbers(self.optimizer, self._saved_shadows)
             if self._shadows is not None:
-                self._shadows.update(lr, factor, fence and numbers.fence_of_shadows(fence))
-            update(lr, factor, fence and numbers.fence_of_owned(fence))
+                self._shadows.update(lr, factor, fence and numbers.fence_of_shadows(fence), heads)
+            update(lr, factor, fence and numbers.fence_of_owned(fence), heads)
         self.progress.updated = self.progress.decided
 
     def finish_gather(self) -> None:

@@ -1,3 +1,7 @@
+from .clip import (
+    HeadFactors as HeadFactors,
+    head_factors as head_factors,
+)
 from .groups import (
     ParameterGroups as ParameterGroups,
     Place as Place,

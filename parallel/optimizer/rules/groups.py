@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from holdfast.parallel.layout import Box
+from holdfast.parallel.layout import Box, HeadRows
+from holdfast.parallel.optimizer.rules.clip import HeadFactors, scale_of
 from holdfast.parallel.optimizer.rules.rule import (
     BlockUpdate,
     MatrixBox,
@@ -55,6 +57,8 @@ class Parameter(Protocol):
     def whole(self) -> Box | None: ...
     @property
     def balance(self) -> float | None: ...
+    @property
+    def heads(self) -> HeadRows | None: ...
 
 
 class Place(NamedTuple):
@@ -68,6 +72,8 @@ class Place(NamedTuple):
     """Where it lies in a matrix that is updated as one."""
     balance: float | None = None
     """As of `ParameterSpec`."""
+    heads: tuple[HeadRows, Box] | None = None
+    """As of `BlockUpdate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +101,29 @@ class ParameterGroups(Generic[S]):
         """The group of a parameter: the first one that its name matches. Pure."""
         return next(number for number, group in enumerate(self.groups) if group.has(name))
 
-    def place(self, parameter: Parameter) -> Place:
-        """What an update needs to know of a parameter. Pure."""
+    def place(self, parameter: Parameter, box: Box | None = None) -> Place:
+        """What an update needs to know of a block of a parameter. Pure.
+
+        Args:
+            box: the block's in the logical tensor; None: all that the parameter has of it.
+        """
         number = self.number(parameter.name)
         whole, matrix = parameter.whole, None
         if whole is not None and self.rule.matrices is not None and parameter.balance is None:
             rows, columns = whole.shape
             matrix = MatrixBox(rows, columns, parameter.box.relative_to(whole))
         decays = parameter.decay or self.groups[number].all_decay
-        return Place(number, decays, matrix, parameter.balance)
+        rows = parameter.heads
+        heads = None if rows is None else (rows, box or parameter.box)
+        return Place(number, decays, matrix, parameter.balance, heads)
 
-    def update(self, updates: Sequence[BlockUpdate], step: Tensor, lr: float) -> None:
+    def update(
+        self,
+        updates: Sequence[BlockUpdate],
+        step: Tensor,
+        lr: float,
+        factors: HeadFactors = MappingProxyType({}),
+    ) -> None:
         """Update blocks in place, each as its group has it. Local; exact-mode safe.
 
         State of fewer bits is rounded once, to the nearest, ties to even.
@@ -114,10 +132,11 @@ class ParameterGroups(Generic[S]):
             updates: those of a split matrix one after another.
             step: the number of this update, as for `OptimizerRule.update_blocks`.
             lr: the learning rate of the step, without the groups' factors.
+            factors: those of heads that are clipped, for a rule that does so.
         """
         of_matrices = self.rule.matrices
         for number, group in enumerate(self.groups):
-            chosen = [update for update in updates if update.group == number]
+            chosen = [_scaled(update, factors) for update in updates if update.group == number]
             rate = lr * group.rate_factor
             biases = [update for update in chosen if update.balance is not None]
             matrices = [update for update in chosen if update.matrix is not None]
@@ -126,6 +145,14 @@ class ParameterGroups(Generic[S]):
             _update(self.rule.balance, biases, step, rate, group.settings)
             if of_matrices is not None:
                 _update(of_matrices.update, matrices, step, rate, group.settings)
+
+
+def _scaled(update: BlockUpdate, factors: HeadFactors) -> BlockUpdate:
+    """The update with the scale of its heads, if some of them are clipped."""
+    if update.heads is None or update.heads[0].layer not in factors:
+        return update
+    of_heads = factors[update.heads[0].layer]
+    return replace(update, scale=scale_of(*update.heads, of_heads, update.master))
 
 
 def _update(

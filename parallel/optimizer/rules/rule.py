@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from holdfast.parallel.layout import Box
+from holdfast.parallel.layout import Box, HeadRows
 from holdfast.parallel.plan import update_ends
 from holdfast.parallel.precision import Precision
 
@@ -83,6 +83,10 @@ class BlockUpdate:
     """Where it lies in a matrix that is updated as such; None: elementwise."""
     balance: float | None = None
     """As of `ParameterSpec`; the block has the biases of all loads."""
+    heads: tuple[HeadRows, Box] | None = None
+    """The heads whose queries or keys it makes, and its box in its logical tensor."""
+    scale: Tensor | None = None
+    """What the box is multiplied by after this update; None: nothing."""
 
 
 def by_matrix(updates: Sequence[BlockUpdate]) -> Iterator[Sequence[BlockUpdate]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.parallel.context_parallel import ContextParallel
-from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
+from holdfast.parallel.context_parallel import ContextParallel, Note
+from holdfast.parallel.pipeline import MicroBatchContext, TokensKey, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import (
     TensorParallel,
     Weight,
@@ -27,6 +27,7 @@ from holdfast.trainer.models.decoder.regions import (
     attend_sliced,
     attend_within,
     heads_of,
+    note_logits,
 )
 from holdfast.trainer.models.decoder.section import DecoderConfig, Design, is_windowed
 from holdfast.trainer.models.decoder.table import shares_heads
@@ -44,6 +45,10 @@ class AttentionCore:
     recomputes: bool
     window: int
     """The keys that a query sees, itself included; 0: all before it."""
+    layer: int
+    """The layer of the plan."""
+    parts: Sequence[int]
+    """The rank's parts."""
 
     def mixed(
         self,
@@ -84,25 +89,45 @@ class AttentionCore:
             for place in range(count)
         ]
         documents = None if context.batch is None else context.batch.documents
-        slices, length = context.slices, projected[0].shape[0]
+        length = projected[0].shape[0]
+        slices, note = replace(context.slices, length=length), self._note(part, context)
         window = self.window if is_windowed(self.window, length * slices.count) else 0
         if slices.count > 1 or window:
             return attend_sliced(
                 projected,
                 self.rotary,
                 self.split,
-                replace(slices, length=length),
+                slices,
                 documents,
                 *self.heads,
                 norms,
                 window,
                 context.kept,
                 (id(self), part),
+                note,
             )
         (whole,) = projected
+        if note is not None:
+            note_logits(whole, self.rotary, slices, documents, *self.heads, norms[0], note)
         if documents is not None:  # of another number and other lengths in every batch
             return [attend_within(whole, self.rotary, documents, *self.heads, norms[0])]
         return [self.attend(whole, *self.rotary, *self.heads, *(norms[0] if weights else ()))]
+
+    def _note(self, part: int, context: MicroBatchContext) -> Note | None:
+        """Where the largest logits of a part's heads are noted; None: they are not asked for.
+
+        What is computed again is noted once.
+        """
+        logits = context.logits
+        if logits is None:
+            return None
+
+        def note(number: int, largest: Callable[[], Tensor]) -> None:
+            key = TokensKey(self.layer, self.parts[part], context.micro_batch, number)
+            if key not in logits:
+                logits[key] = largest()
+
+        return note
 
 
 class Attention(nn.Module):
@@ -209,6 +234,7 @@ class Attention(nn.Module):
 
 def attention_core(
     model: DecoderConfig,
+    layer: int,
     window: int,
     tp: TensorParallel,
     rotary: RotaryTables,
@@ -217,9 +243,13 @@ def attention_core(
     *,
     recomputes: bool,
 ) -> AttentionCore:
-    """The core of a layer's attention, for the heads of one part."""
-    heads = heads_of(model, tp.parts)
-    return AttentionCore(rotary, split, heads, choose(attend), recomputes, window)
+    """The core of a layer's attention, for the heads of one part.
+
+    Args:
+        layer: that of the plan.
+    """
+    heads, parts = heads_of(model, tp.parts), tp.own_parts
+    return AttentionCore(rotary, split, heads, choose(attend), recomputes, window, layer, parts)
 
 
 def sharing_parts(model: DecoderConfig, tp: TensorParallel) -> int:

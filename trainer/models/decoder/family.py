@@ -68,6 +68,7 @@ def decoder_family(
         compiled_regions=compiled_regions,
         experts=lambda model: count_of(design(model)),
         windows=lambda model: design(model).windows,
+        clips_heads=lambda model: not design(model).head_norms,
         training_only=_multi_token(design) if may_predict_more else None,
     )
 

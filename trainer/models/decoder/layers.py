@@ -258,6 +258,7 @@ def module_builder(
         recompute, number = spec.recompute, layer - 1
         core = attention_core(
             model,
+            layer,
             design.window(number),
             tp,
             rotary,

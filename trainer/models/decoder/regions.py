@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.parallel.context_parallel import ContextParallel
+from holdfast.parallel.context_parallel import ContextParallel, Note, Work
 from holdfast.parallel.layout import Slices, even_range
 from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.models.compilation import Region
@@ -121,13 +121,14 @@ def attend_sliced(
     window: int,
     kept: dict[object, Any],
     name: object,
+    note: Note | None,
 ) -> list[Tensor]:
     """As `attend`, of each of a rank's slices; with documents, as `attend_within`. Collective over
     the context group.
 
     Args:
         norms: of each slice.
-        window, kept, name: as of `ContextParallel.attend`.
+        window, kept, name, note: as of `ContextParallel.attend`.
     """
     of_slices = []
     for number, value, of_slice in zip(slices.own, projected, norms, strict=True):
@@ -137,8 +138,30 @@ def attend_sliced(
             tables = rotary.at(documents.positions[places])
         of_slices.append(_heads(value, tables, heads, kv_heads, of_slice))
     q, k, v = zip(*of_slices, strict=True)
-    mixed = context.attend(q, k, v, slices, documents, kept, name, window)
+    mixed = context.attend(q, k, v, slices, documents, kept, name, window, note)
     return [value.permute(2, 0, 1, 3).flatten(2) for value in mixed]
+
+
+@torch.no_grad()
+def note_logits(
+    projected: Tensor,
+    rotary: RotaryTables,
+    slices: Slices,
+    documents: Documents | None,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms,
+    note: Note,
+) -> None:
+    """Note the largest logits of a sequence's only slice, as attention computes them. Local.
+
+    Args:
+        projected: as of `attend`.
+    """
+    seq, batch, _ = projected.shape
+    tables = rotary.within(slice(seq)) if documents is None else rotary.at(documents.positions)
+    query, key, _ = _heads(projected, tables, heads, kv_heads, norms)
+    Work(slices, documents, batch, note=note).note_logits(0, query, key)
 
 
 def _heads(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
+from holdfast.parallel.layout import Box, HeadRows, Initial, LayerSpec, ParameterSpec, even_range
 from holdfast.trainer.models.decoder.costs import Costs
 from holdfast.trainer.models.decoder.section import (
     DecoderConfig,
@@ -166,7 +166,11 @@ class _Table:
         attention, experts = f"{prefix}.self_attn", self.design.experts_of(layer)
         return (
             *self._norm(f"{prefix}.input_layernorm", "attention_norm"),
-            *(self._attention(attention) if latent is None else self._latent(attention, latent)),
+            *(
+                self._attention(attention, layer)
+                if latent is None
+                else self._latent(attention, latent, layer)
+            ),
             *self._norm(f"{prefix}.post_attention_layernorm", "mlp_norm"),
             *(
                 self._mlp(f"{prefix}.mlp", "mlp", self.model.intermediate)
@@ -175,13 +179,13 @@ class _Table:
             ),
         )
 
-    def _attention(self, prefix: str) -> tuple[ParameterSpec, ...]:
+    def _attention(self, prefix: str, layer: int) -> tuple[ParameterSpec, ...]:
         model, design = self.model, self.design
         queries = (model.heads * model.dim_per_head, model.hidden)
         output = self._columns(f"{prefix}.o_proj.weight", queries[::-1], "attention.output")
-        rows = [*self._projections(prefix, queries[0]), output]
+        rows = [*self._clipped(self._projections(prefix, queries[0]), layer), output]
         if design.qkv_bias:
-            rows += self._projections(prefix, queries[0], "bias")
+            rows += self._clipped(self._projections(prefix, queries[0], "bias"), layer)
         if design.output_bias:
             rows.append(self._hidden_bias(f"{prefix}.o_proj.bias", "attention.output_bias"))
         if design.head_norms:
@@ -189,8 +193,28 @@ class _Table:
             rows.append(self._head_norm(f"{prefix}.k_norm.weight", "attention.key_norm"))
         return tuple(rows)
 
-    def _latent(self, prefix: str, latent: LatentDesign) -> tuple[ParameterSpec, ...]:
-        """Every part has the products down to the latent vectors, and those up to its heads."""
+    def _clipped(
+        self, rows: tuple[ParameterSpec, ParameterSpec, ParameterSpec], layer: int
+    ) -> tuple[ParameterSpec, ...]:
+        """Queries, keys and values, with what QK-clip scales: queries and keys by half each.
+
+        A key that several heads have in common stays: it is no one head's, so their queries are
+        scaled by all of it.
+        """
+        query, key, value = rows
+        if self.design.head_norms:
+            return rows
+        shares, dim = self.model.heads != self.model.kv_heads, self.model.dim_per_head
+        query = replace(query, heads=HeadRows(layer + 1, ((dim, 1.0 if shares else 0.5),)))
+        return query, key if shares else replace(key, heads=query.heads), value
+
+    def _latent(self, prefix: str, latent: LatentDesign, layer: int) -> tuple[ParameterSpec, ...]:
+        """Every part has the products down to the latent vectors, and those up to its heads.
+
+        QK-clip scales what does not turn by half in queries and keys, what turns in queries alone.
+        """
+        of_queries = HeadRows(layer + 1, ((latent.plain, 0.5), (latent.turning, 1.0)))
+        of_keys = HeadRows(layer + 1, ((latent.plain, 0.5), (latent.value, 0.0)))
         model, wide = self.model, latent.rank + latent.turning
         queries = (model.heads * latent.key, latent.query_rank or model.hidden)
         values = (model.heads * latent.value, model.hidden)
@@ -201,18 +225,20 @@ class _Table:
                 self._latent_norm(f"{prefix}.q_a_layernorm.weight", latent.query_rank, "query"),
             ]
         name = "q_b_proj" if latent.query_rank else "q_proj"
+        query = self._rows(f"{prefix}.{name}.weight", queries, "attention.query", 0)
+        key_value = self._rows(
+            f"{prefix}.kv_b_proj.weight",
+            (model.heads * (latent.plain + latent.value), latent.rank),
+            "attention.key_value",
+            0,
+        )
         return (
             *down[:1],
             self._down(f"{prefix}.kv_a_proj_with_mqa.weight", wide, latent.query_rank),
             *down[1:],
             self._latent_norm(f"{prefix}.kv_a_layernorm.weight", latent.rank, "key_value"),
-            self._rows(f"{prefix}.{name}.weight", queries, "attention.query", 0),
-            self._rows(
-                f"{prefix}.kv_b_proj.weight",
-                (model.heads * (latent.plain + latent.value), latent.rank),
-                "attention.key_value",
-                0,
-            ),
+            replace(query, heads=of_queries),
+            replace(key_value, heads=of_keys),
             self._columns(f"{prefix}.o_proj.weight", values[::-1], "attention.output"),
         )
 

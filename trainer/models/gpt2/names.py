@@ -45,8 +45,10 @@ def as_stored(row: ParameterSpec) -> ParameterSpec:
         return replace(row, name=name, shape=shape, box=Box(start, stop))
     *inputs, outputs = shape
     before = _SIDE_BY_SIDE.index(module) * outputs
+    heads = row.heads and replace(row.heads, first=before, dim=len(inputs))
     return replace(
         row,
+        heads=heads,
         name=f"{prefix}.attn.c_attn.{kind}",
         shape=(*inputs, len(_SIDE_BY_SIDE) * outputs),
         box=Box((*start[:-1], before + start[-1]), (*stop[:-1], before + stop[-1])),

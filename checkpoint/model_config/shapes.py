@@ -187,6 +187,7 @@ def _with_latent_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     shared, wide = sizes.get("n_shared_experts"), sizes.get("moe_intermediate_size")
     return {
         **sizes,
+        "head_dim": sizes.get("head_dim") or turning,
         _DEEPSEEK_QUERY: heads * (plain + turning),
         "kv_lora_rank + qk_rope_head_dim": (sizes["kv_lora_rank"] or 0) + turning,
         "num_attention_heads * (qk_nope_head_dim + v_head_dim)": heads * (plain + value),

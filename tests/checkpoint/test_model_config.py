@@ -15,7 +15,7 @@ from holdfast.checkpoint.convert.formats.megatron.unlike import (
     odd_arguments,
     odd_settings,
 )
-from holdfast.checkpoint.model_config import MODEL_TYPES, explicit, unhonoured
+from holdfast.checkpoint.model_config import MODEL_TYPES, differing, explicit, unhonoured
 from holdfast.checkpoint.model_config.keys import NEUTRAL, PLAIN
 from holdfast.trainer.models import family_of
 from support.runs.small_runs import make_config
@@ -210,6 +210,14 @@ def test_arguments_of_no_model_type_are_named() -> None:
     assert "pre_softmax" in line
 
 
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
 def test_a_window_of_megatrons_counts_the_keys_beside_the_query() -> None:
     """As its own mask does; what lies to the right, or has layers without, is named."""
     mistral = {**ARGUMENTS, "window_size": (4, 0)}
@@ -224,6 +232,56 @@ def test_a_window_of_megatrons_counts_the_keys_beside_the_query() -> None:
     assert line.startswith("window_attn_skip_freq = 2")
     [line] = odd_arguments({**mistral, "add_qkv_bias": True})  # a Qwen2, which has none
     assert line.startswith("window_size = (4, 0)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", 1e-5),
+        ("topk_group", 2),
+        ("norm_topk_prob", False),
+        ("num_key_value_heads", 8),
+        ("n_shared_experts", 0),
+        ("rope_parameters", {**YARN, "beta_fast": 16}),
+        ("rope_parameters", {**YARN, "original_max_position_embeddings": 2048}),
+        ("rope_parameters", {**YARN, "mscale_all_dim": 1.0}),
+        ("rope_parameters", {**YARN, "truncate": False}),
+    ],
+)
+def test_a_setting_of_deepseek_that_megatron_has_not_is_named(key: str, value: Any) -> None:
+    config = {"model_type": "deepseek_v3", "rope_parameters": YARN}
+    assert list(odd_settings(config)) == []
+    [line] = odd_settings({**config, key: value})
+    name = set(value.items()) - set(YARN.items()) if isinstance(value, dict) else {(key, value)}
+    assert line.startswith(next(iter(name))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("norm_epsilon", 1e-5),
+        ("qk_layernorm", False),
+        ("add_qkv_bias", True),
+        ("moe_router_score_function", "softmax"),
+        ("moe_router_enable_expert_bias", False),
+        ("moe_shared_expert_intermediate_size", None),
+        ("moe_shared_expert_intermediate_size", 2049),
+        ("moe_layer_freq", [1] * 58 + [0] * 3),
+        ("moe_layer_freq", 2),
+        ("moe_router_group_topk", 2),
+        ("moe_shared_expert_gate", True),
+    ],
+)
+def test_an_argument_of_latent_attention_that_deepseek_has_not_is_named(
+    name: str, value: Any
+) -> None:
+    told = arguments_of({"model_type": "deepseek_v3", "rope_parameters": YARN})
+    assert odd_arguments(told) == []
+    described = describe(told, 129280, ("lm_head.weight",))
+    assert described is not None
+    assert list(differing(described, {"model_type": "deepseek_v3", "rope_parameters": YARN})) == []
+    [line] = odd_arguments({**told, name: value})
+    assert line.startswith(name)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "llama"])

@@ -74,8 +74,9 @@ def map_tensors(
         kind, key = kind_of(tensor.key, states)
         for number, (pattern, rule) in enumerate(rules):
             found = pattern.match(key)
-            if found is not None and rule.if_source:
-                found = found if Pattern(rule.if_source).fill(found) in present else None
+            if found is not None and rule.conditions:
+                wanted = (Pattern(condition).fill(found) for condition in rule.conditions)
+                found = found if any(name in present for name in wanted) else None
             if found is not None:
                 groups[kind, key, number].append(tensor)
                 captured[kind, key, number] = found

@@ -65,9 +65,9 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     fused_dim: int = 0
     transpose: bool = False
     """Swap the last two dimensions."""
-    if_source: str = ""
-    """The rule holds only if the source has a tensor of this name; captures are those of
-    `source`."""
+    if_source: str | tuple[str, ...] = ()
+    """The rule holds only if the source has a tensor of this name, or of one of these; captures are
+    those of `source`."""
     if_target: str = ""
     """When the format is written, the rule holds only if the model has a tensor of this name;
     captures are those of the target."""
@@ -85,6 +85,11 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     def stacked(self) -> tuple[str, ...]:
         """`stack` as a tuple of captures, one per dimension."""
         return (self.stack,) if isinstance(self.stack, str) else self.stack
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """`if_source` as a tuple of names."""
+        return (self.if_source,) if isinstance(self.if_source, str) else self.if_source
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -169,7 +174,7 @@ def _check(rule: Rule, where: str) -> None:
                 f"pattern does not capture ({', '.join(sorted(bound)) or 'it captures nothing'})"
             )
     for condition, known in (
-        (rule.if_source, Pattern(rule.source).captures),
+        *((condition, Pattern(rule.source).captures) for condition in rule.conditions),
         (rule.if_target, bound),
     ):
         unknown = sorted(Pattern(condition).captures - known)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import LogicalTensor, Output
+from holdfast.checkpoint.convert.formats.megatron.further import with_further
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     HALVES,
     Parameter,
+    is_parameter,
     order_of,
 )
 from holdfast.checkpoint.convert.formats.megatron.torch_dist import read
@@ -55,7 +57,10 @@ _WHERE = f"--to {NAME}"
 _FORMS = {1: "te", 0: "local"}
 """The forms of Megatron's rules, by the value `transformer_engine`."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_LINEAR = re.compile(r"(.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
+_LINEAR = re.compile(
+    r"(.*(?:\.linear_(?:qkv|fc1|fc2|(?:q_|kv_)?(?:down_|up_)?proj)|\.eh_proj))\.weight"
+)
+_ATTENTION = re.compile(r"(.*\.)linear_(?:qkv|kv_up_proj)\.weight")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -78,6 +83,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     tied = "lm_head.weight" not in weights
     told = {**arguments, **layout.arguments(), "untie_embeddings_and_output_weights": not tied}
     joined = map_back(book, typed, values, _WHERE, form=layout.form, shards=layout.tensor)
+    joined = with_further(joined, told)
     model = {(one.kind, one.weight): one for one in joined}
     trained = bool(chosen.kinds)
     common = beside_tensors(catalog, told, trained=trained)
@@ -90,7 +96,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             rank = _Rank(model, index, layout.tensor)
             content = {**common, **_chunk_states(rank, members, kernels=layout.form == "te")}
             if keeping is not None:
-                parameters = [one for names in members for one in names]
+                parameters = [one for names in members for one in names if is_parameter(one[1])]
                 content["optimizer"] = _optimizer(rank, parameters, keeping)
             name = f"mp_rank_{index:02d}" + (f"_{stage:03d}" if layout.pipeline > 1 else "")
             folder.add(f"{root}/{name}/model_optim_rng.pt", content, rank.tensors)
@@ -167,6 +173,7 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
         )
     # The order is that of a micro-batch: the first chunk of each stage, then the second of each.
     each = layers // shares
+    further = any(name.startswith("mtp.") for name in names)
     passed: list[_Chunk] = [[] for _ in range(shares)]
     for name in names:
         found = _LAYER.fullmatch(name)
@@ -175,6 +182,9 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
             passed[number // each].append((f"decoder.layers.{number % each}.{found[2]}", name))
         else:
             passed[0 if name.startswith("embedding.") else -1].append((name, name))
+        if name == _EMBEDDING and further and pipeline > 1:
+            # The last stage embeds the tokens for the layers that predict further ones.
+            passed[-1].append((name, name))
         if name == _EMBEDDING and tied and pipeline > 1:
             # The last stage computes its logits with a copy, which is trained like the first
             # stage's.
@@ -268,5 +278,6 @@ def _kernel_states(names: Iterable[str]) -> Iterator[str]:
         found = _LINEAR.fullmatch(name)
         if found is not None:
             yield f"{found[1]}._extra_state"
-            if name.endswith(".linear_qkv.weight"):
-                yield name.replace(".linear_qkv.weight", ".core_attention._extra_state")
+        attention = _ATTENTION.fullmatch(name)
+        if attention is not None:
+            yield f"{attention[1]}core_attention._extra_state"

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from holdfast.checkpoint.convert.formats.megatron.deepseek import (
+    describe_latent,
+    latent_arguments,
+    odd_latent_arguments,
+)
 from holdfast.checkpoint.convert.formats.megatron.rope import (
     rope_arguments,
     rope_of,
@@ -22,6 +27,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
 """The model types that both sides share, and their classes in transformers."""
@@ -35,12 +41,14 @@ def family_of(arguments: Mapping[str, Any]) -> str:
     told = arguments.get
     if all(told(key) for key in NEEDED) and _is_gpt2(arguments):
         return "gpt2"
+    if told("multi_latent_attention"):
+        sized = all(told(key) for key in NEEDED)
+        return "deepseek_v3" if sized and not any(odd_latent_arguments(arguments)) else ""
     alike = (
         told("swiglu") is True
         and told("normalization") == "RMSNorm"
         and told("position_embedding_type") in ("rope", "yarn")
         and not told("add_bias_linear")
-        and not told("multi_latent_attention")
         and not told("moe_shared_expert_intermediate_size")
         and told("rotary_percent") in (None, 1.0)
     )
@@ -88,6 +96,8 @@ def describe(
         return None
     if family == "gpt2":
         return _describe_gpt2(arguments, rows, names)
+    if family == "deepseek_v3":
+        return describe_latent(arguments, rows, names)
     heads = arguments["num_attention_heads"]
     experts = arguments.get("num_experts")
     wide = arguments["ffn_hidden_size"]
@@ -161,6 +171,8 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     config = explicit(config)
     if family == "gpt2":
         return _gpt2_arguments(config)
+    if family == "deepseek_v3":
+        return latent_arguments(config)
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     experts = config.get("num_local_experts")

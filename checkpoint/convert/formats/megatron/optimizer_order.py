@@ -29,24 +29,37 @@ _MODULES = (
     "embedding.position_embeddings",
     "decoder.layers",
     "decoder.final_layernorm",
+    "mtp.layers",
     "output_layer",
 )
 _LAYER_MODULES = (
+    "enorm",
+    "hnorm",
+    "eh_proj",
     "input_layernorm",
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
+    "self_attention.kv_layernorm",
     "pre_mlp_layernorm",
     "mlp.router",
     "mlp.experts",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    "final_layernorm",
 )
 """The modules in the order in which Megatron's GPT model and its layers make them."""
-_PARTS = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
+_PARTS = ("layer_norm_weight", "layer_norm_bias", "weight", "bias", "expert_bias")
 """The parameters in the order in which a module makes them."""
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.)?(.*)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])")
 
 
@@ -265,7 +278,7 @@ def order_of(name: str) -> tuple[int, int, int, int, str, int]:
         CheckpointError: Megatron's GPT model has no such parameter.
     """
     layer = _LAYER.fullmatch(name)
-    number, inside = (int(layer[1]), layer[2]) if layer is not None else (-1, name)
+    number, inside = (int(layer[2]), layer[3]) if layer is not None else (-1, name)
     module, _, part = inside.rpartition(".")
     which, projection = -1, ""
     expert = _LOCAL_EXPERT.fullmatch(module)
@@ -274,5 +287,5 @@ def order_of(name: str) -> tuple[int, int, int, int, str, int]:
     modules = _LAYER_MODULES if layer is not None else _MODULES
     if module not in modules or part not in _PARTS:
         raise CheckpointError(f"{name} has no known place in Megatron's GPT model")
-    outer = _MODULES.index("decoder.layers") if layer is not None else modules.index(module)
+    outer = modules.index(module) if layer is None else _MODULES.index(f"{layer[1]}.layers")
     return outer, number, modules.index(module), which, projection, _PARTS.index(part)

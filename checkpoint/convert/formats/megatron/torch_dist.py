@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import SourceTensor
 from holdfast.checkpoint.convert.formats.dcp import read_items
+from holdfast.checkpoint.convert.formats.megatron.further import from_further
 from holdfast.checkpoint.convert.formats.megatron.models import EMBEDDINGS, describe
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     groups_of,
@@ -106,6 +108,7 @@ def _catalog(
         grouped = arguments.get("group_query_attention", True)
         own = arguments.get("num_query_groups") if grouped else None
         arguments["query_groups"] = own or arguments["num_attention_heads"]
+    tensors = [replace(one, key=from_further(one.key, arguments)) for one in tensors]
     told = {"args": arguments, "tokens": {"vocab": token_count(arguments)}}
     catalog = make_catalog(NAME, root, tensors, options, told=told)
     catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))

@@ -6,6 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from holdfast.checkpoint.convert.formats.megatron.deepseek import (
+    HONOURED,
+    odd_latent_arguments,
+    odd_latent_settings,
+)
 from holdfast.checkpoint.convert.formats.megatron.models import (
     FAMILIES,
     NEEDED,
@@ -87,6 +92,8 @@ def odd_arguments(arguments: Mapping[str, Any]) -> list[str]:
         and key not in honoured
         and not _among(arguments[key], accepted)
     ]
+    if arguments.get("multi_latent_attention") is True:
+        return [*found, *odd_latent_arguments(arguments)]
     if not family and not found:
         shown = ", ".join(f"{key} = {arguments.get(key)!r}" for key in _CHOSEN)
         found.append(f"together, {shown}")
@@ -97,6 +104,8 @@ def odd_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 def _honoured(arguments: Mapping[str, Any], family: str) -> Iterator[str]:
     """The arguments in FIXED_ARGUMENTS that a model of this type may have with other values."""
+    if arguments.get("multi_latent_attention") is True:
+        yield from HONOURED
     if arguments.get("position_embedding_type") == "yarn":
         yield "rotary_scaling_factor"
     if family in ("llama", "mistral") and is_window(arguments.get("window_size")):
@@ -123,4 +132,7 @@ def odd_settings(config: Mapping[str, Any]) -> Iterator[str]:
     if activation not in ("gelu", *TANH_GELU):
         allowed = ", ".join(("gelu", *TANH_GELU))
         yield f"activation_function = {json.dumps(activation)} (accepted are {allowed})"
+    if kind == "deepseek_v3":
+        yield from odd_latent_settings(told)
+        return
     yield from odd_rope(told.get("rope_parameters") or {})

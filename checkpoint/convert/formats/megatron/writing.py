@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, Output
+from holdfast.checkpoint.convert.formats.megatron.further import further_count, with_further
 from holdfast.checkpoint.convert.formats.megatron.models import EMBEDDINGS, arguments_of
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import HALVES
 from holdfast.checkpoint.convert.formats.megatron.state_names import key_of_state
@@ -33,7 +34,7 @@ from holdfast.checkpoint.convert.sources import (
     files_for,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file, write_files
-from holdfast.checkpoint.format import WEIGHT, full_name
+from holdfast.checkpoint.format import BUFFER, WEIGHT, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS
@@ -53,7 +54,14 @@ _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 """Tells Megatron the forms in which tensors are kept."""
-_LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
+_LINEAR = re.compile(
+    r"(?P<module>(?:decoder|mtp)\.layers\..*(?:\.linear_(?:qkv|fc1|fc2|(?:q_|kv_)?(?:down_|up_)?proj)"
+    r"|\.eh_proj))\.weight"
+)
+_LAST_OF_ATTENTION = (".linear_qkv", ".linear_kv_up_proj")
+"""The linear layers of which each attention has one."""
+_ROUTER_BIAS = re.compile(r".*\.mlp\.gate\.e_score_correction_bias")
+"""The names of routers' biases, which are no parameters in Megatron: no optimizer has them."""
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """The values of torch's AdamW, for a source without its own."""
@@ -93,7 +101,10 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     arguments, values = find_arguments(catalog, book, options.values, chosen.weights())
     iteration = f"iter_{catalog.step:07d}" if trained else "release"
     folder = DistcpFolder(iteration)
-    joined = map_back(book, typed, values, "--to megatron")
+    # A model whose layers differ has a key for each.
+    apart = bool(arguments.get("multi_latent_attention"))
+    joined = map_back(book, typed, values, "--to megatron", form="layers" if apart else "")
+    joined = with_further(joined, arguments)
     for made in joined:
         name = made.tensor.name
         if made.kind == MASTER and not distributed:
@@ -102,6 +113,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     for key in _kernel_states([made.tensor for made in joined]):
         folder.add_object((key,), [None])
     common = beside_tensors(catalog, arguments, trained=trained)
+    common["content_metadata"] = {**_CONTENT, "non_homogeneous_layers": apart}
     if trained and distributed:
         common["optimizer"] = _distributed_optimizer(catalog)
     elif trained:
@@ -151,15 +163,16 @@ def choose_tensors(
     named = (kind for kind in catalog.state_kinds() if state_name(book, kind) is not None)
     kinds = tuple(kind for kind in named if kind not in unfit)
     states = {tensor.full_name for tensor in catalog.states()}
+    typed = [(_as_weight(tensor), out) for tensor, out in typed]
     fine = {tensor.name: tensor for tensor, _ in typed if tensor.kind == MASTER}
     kept: list[Typed] = []
     for tensor, out in typed:
         if tensor.kind == WEIGHT:
             kept.append((tensor, out))
-            if kinds and (all_copies or out in HALVES):
+            if kinds and (all_copies or out in HALVES) and not _is_router_bias(tensor):
                 finest = fine.get(tensor.name, tensor)
                 kept.append((replace(finest, kind=MASTER), "F32"))
-        elif tensor.kind in kinds and tensor.full_name in states:
+        elif tensor.kind in kinds and tensor.full_name in states and not _is_router_bias(tensor):
             kept.append((tensor, "F32"))
         elif tensor.kind != MASTER:
             catalog.left_out[tensor.full_name] = f"{NAME} has no place for {tensor.kind}"
@@ -170,7 +183,8 @@ def choose_tensors(
     chosen = ChosenTensors(kept, kinds)
     if not chosen.weights():
         raise CheckpointError(f"{catalog.root} holds no weights")
-    for kind, name in product(kinds, chosen.weights()):
+    trained = [name for name, own in chosen.weights().items() if not _is_router_bias(own)]
+    for kind, name in product(kinds, trained):
         if full_name(kind, name) not in states:
             raise CheckpointError(
                 f"{catalog.root} has {kind} of some weights, and none of {name}; Megatron's "
@@ -178,6 +192,16 @@ def choose_tensors(
                 "them out"
             )
     return chosen
+
+
+def _is_router_bias(tensor: LogicalTensor) -> bool:
+    return _ROUTER_BIAS.fullmatch(tensor.name) is not None
+
+
+def _as_weight(tensor: LogicalTensor) -> LogicalTensor:
+    """The tensor, as a weight if it is a router's bias that is saved as a buffer."""
+    is_buffer = tensor.kind == BUFFER and _is_router_bias(tensor)
+    return replace(tensor, kind=WEIGHT) if is_buffer else tensor
 
 
 def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
@@ -189,14 +213,15 @@ def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
         found = _LINEAR.match(tensor.name)
         if found is None:
             continue
-        modules = [found["module"]]
-        if found["module"].endswith(".linear_qkv"):
-            modules.append("self_attention.core_attention")
-        extents = tensor.shape[:-2]
+        module = found["module"]
+        modules = [module]
+        if module.endswith(_LAST_OF_ATTENTION):
+            modules.append(f"{module.rpartition('.')[0]}.core_attention")
+        extents = tensor.shape[:-2] or (1,)
         for index in product(*map(range, extents)):
             place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
             for module in modules:
-                yield f"decoder.layers.{module}._extra_state/shard_{place}"
+                yield f"{module}._extra_state/shard_{place}"
 
 
 def find_arguments(
@@ -229,6 +254,9 @@ def find_arguments(
     if "untie_embeddings_and_output_weights" in arguments:
         # A head that differs from the embedding is one of its own, whatever config.json says.
         arguments["untie_embeddings_and_output_weights"] = "lm_head.weight" in weights
+    if "mtp_num_layers" in arguments:
+        # transformers saves a model without the layers that its config.json tells of.
+        arguments["mtp_num_layers"] = further_count(weights, arguments) or None
     if arguments.get("num_query_groups"):
         arguments["query_groups"] = arguments["num_query_groups"]
     values = find_values(book, {"args": arguments, "config": config}, given)

@@ -34,23 +34,78 @@ PACE_S = 0.4
 RESTED_STEPS = 10
 """No rank is killed near the end, so that every run ends with all its ranks."""
 AXES = ("data", "pipeline", "tensor", "context")
-LAYOUTS = [
-    (data, pipeline, tensor, 1)
-    for data in (1, 2, 3, 4)
-    for pipeline in (1, 2, 3)
-    for tensor in (1, 2)
-    if 2 <= data * pipeline * tensor <= 8
-]
-IN_PARTS = [
-    *((1, 1, 4, 1), (2, 1, 4, 1), (1, 2, 4, 1), (2, 2, 2, 1)),
-    *((2, 1, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)),
-]
-"""Layouts with tensor shards and slices: their stage replicas go on with fewer ranks."""
 PARTS: dict[str, Any] = {
     "model": {"layers": 2},
     "train": {"context_chunks": 2, "global_batch": 6},
     "numerics": {"tensor_shards": 4},
 }
+EXPERTS: dict[str, Any] = {
+    "model": {
+        **{"family": "mixtral", "layers": 2, "heads": 4, "kv_heads": 2},
+        **{"experts": 16, "experts_per_token": 2, "router_aux_loss_coef": 0.1, "init_std": 0.2},
+    },
+    "train": {"global_batch": 8},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and the layout that is hit."""
+
+    parallel: dict[str, Any]
+    sections: dict[str, Any] = field(default_factory=dict)
+    elastic: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        return prod(self.parallel.get(axis, 1) for axis in AXES)
+
+    @property
+    def alone(self) -> dict[str, Any]:
+        """The sections of the run with the same bits that loses nothing."""
+        found = {**self.sections, "train": {"steps": STEPS, **self.sections.get("train", {})}}
+        if not self.sections and self.parallel["tensor"] > 1:
+            found["parallel"] = {"tensor": self.parallel["tensor"]}
+        return found
+
+
+def _cases() -> list[Case]:
+    whole = [
+        Case({"data": data, "pipeline": pipeline, "tensor": tensor})
+        for data in (1, 2, 3, 4)
+        for pipeline in (1, 2, 3)
+        for tensor in (1, 2)
+        if 2 <= data * pipeline * tensor <= 8
+    ]
+    in_parts = [  # their stage replicas go on with fewer ranks
+        *((1, 1, 4, 1), (2, 1, 4, 1), (1, 2, 4, 1), (2, 2, 2, 1)),
+        *((2, 1, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)),
+    ]
+    of_parts = [
+        Case(
+            dict(zip(AXES, degrees, strict=True)) | ({"stretches": 2} if degrees[3] == 1 else {}),
+            PARTS,
+        )
+        for degrees in in_parts
+    ]
+    following = {"expert_steps": 2}
+    of_experts = [
+        Case({"data": 8, "expert": 8}, EXPERTS),
+        Case({"data": 8, "expert": 4, "shard": "gradients"}, EXPERTS),
+        Case({"data": 6, "expert": 6, "shard": "parameters"}, EXPERTS),
+        Case({"data": 4, "expert": 2, "pipeline": 2}, EXPERTS),
+        Case({"data": 5, "expert": 5, "expert_replicas": "auto"}, EXPERTS, following),
+        Case(
+            {"tensor": 2, "data": 3, "expert": 6, "expert_replicas": 2},
+            {**EXPERTS, "numerics": {"tensor_shards": 2}},
+        ),
+    ]
+    return [*whole, *of_parts, *of_experts]
+
+
+CASES = _cases()
+FIRST = int(os.environ.get("HOLDFAST_STORM_FIRST", "0"))
+"""The number of the first case."""
 CHOICES = ("one", "one", "one", "two in a row", "two in a row", "a node", "any two")
 
 pytestmark = [
@@ -163,25 +218,18 @@ def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> No
     expected: dict[str, dict[str, Any]] = {}
     kills: Counter[str] = Counter()
     rounds = 0
-    while sum(kills.values()) < KILLS or rounds < len(LAYOUTS) + len(IN_PARTS):
-        degrees = (*LAYOUTS, *IN_PARTS)[rounds % (len(LAYOUTS) + len(IN_PARTS))]
-        parallel = dict(zip(AXES, degrees, strict=True))
-        if degrees in IN_PARTS and parallel["context"] == 1:
-            parallel["stretches"] = 2
-        parts = PARTS if degrees in IN_PARTS else {"train": {}}
-        sections: dict[str, dict[str, Any]] = {**parts, "train": {"steps": STEPS, **parts["train"]}}
-        same_bits = {"tensor": 1 if parts is PARTS else parallel["tensor"]}
-        name = f"{same_bits}, {parts}"
+    while sum(kills.values()) < KILLS or rounds < len(CASES) - FIRST:
+        case = CASES[(FIRST + rounds) % len(CASES)]
+        name = str(case.alone)
         if name not in expected:
-            config = make_config(**sections, parallel=same_bits)
+            config = make_config(**case.alone)
             expected[name] = bits_of(run_training(cluster, config, timeout_s=900.0))
         run = start(
-            **sections,  # pyrefly: ignore[bad-argument-type]  (no section is called name)
-            parallel=parallel,
-            checkpoint={"every": 7},
-            elastic=pace({}, PACE_S),
+            **case.alone
+            | {"parallel": case.parallel}
+            | {"checkpoint": {"every": 7}, "elastic": pace(case.elastic, PACE_S)}
         )
-        storm = Storm(run, prod(degrees), random.Random(rounds))
+        storm = Storm(run, case.ranks, random.Random(rounds))
         storm.blow()
         assert run.finish(LONGEST_S) == 0, run.output()
         assert run.bits() == expected[name], (storm.kills, run.root)
@@ -189,7 +237,7 @@ def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> No
         kills += storm.kills
         rolled_back = sum("step" in event for event in run.events("resumed"))
         print(
-            f"{parallel}: {sum(storm.kills.values())} killed {dict(storm.kills)}, "
+            f"{case.parallel}: {sum(storm.kills.values())} killed {dict(storm.kills)}, "
             f"{len(run.events('recovered'))} recoveries, {rolled_back} from a checkpoint",
             flush=True,
         )

@@ -8,6 +8,7 @@ what is left of others, so that no rank gets more experts than it needs to. Pure
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 _EVEN = 1.05
@@ -230,14 +231,20 @@ def experts_by_rank(hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     return found
 
 
-def unevenness(hosts: Hosts, team: Sequence[int], loads: Sequence[int]) -> float:
-    """The work of the rank with most over the mean, if copies of an expert share its evenly."""
-    work = dict.fromkeys(team, 0.0)
+def unevenness(hosts: Hosts, teams: Sequence[Sequence[int]], loads: Sequence[int]) -> float:
+    """The work of the rank with most over the mean of its team, in the team where that is most.
+
+    Copies of an expert in a team share its work evenly.
+    """
+    team_of = {rank: number for number, team in enumerate(teams) for rank in team}
+    work = dict.fromkeys(team_of, 0.0)
     for ranks, load in zip(hosts, loads, strict=True):
-        here = [rank for rank in ranks if rank in work]
-        for rank in here:
-            work[rank] += load / len(here)
-    return max(work.values()) * len(work) / max(1, sum(loads))
+        here = [(rank, team_of[rank]) for rank in ranks if rank in team_of]
+        copies = Counter(team for _, team in here)
+        for rank, team in here:
+            work[rank] += load / copies[team]
+    most = max(work[rank] * len(team) for team in teams for rank in team)
+    return most / max(1, sum(loads))
 
 
 def next_hosts(before: Hosts, team: Sequence[int], *, levels: bool) -> Hosts:

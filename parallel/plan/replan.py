@@ -159,7 +159,7 @@ def _hosts_of_team(plan: Plan, before: Hosts, team: Sequence[int], loads: tuple[
     """
     if plan.expert_slots and sum(loads):
         here = next_hosts(before, team, levels=False)
-        if unevenness(here, team, loads) <= _UNEVEN:
+        if unevenness(here, [team], loads) <= _UNEVEN:
             return here
         slots = max(plan.expert_slots, -(-len(before) // len(team)))
         copies = copies_by_load(loads, len(team), slots)
@@ -189,13 +189,14 @@ def would_move_experts(plan: Plan, loads: Sequence[Sequence[int]]) -> bool:
 
 
 def _most_uneven(plan: Plan, of_layers: Sequence[Hosts], loads: Sequence[Sequence[int]]) -> float:
-    """The unevenness of the layer and team with most, with a placement of a plan's experts."""
+    """The unevenness of the layer with most, with a placement of a plan's experts."""
     return max(
         (
-            unevenness(hosts, team, loads[layer][: len(hosts)])
+            unevenness(
+                hosts, plan.team_ranks(plan.stage_of_layer(layer)), loads[layer][: len(hosts)]
+            )
             for layer, hosts in enumerate(of_layers)
             if hosts
-            for team in plan.team_ranks(plan.stage_of_layer(layer))
         ),
         default=1.0,
     )

@@ -32,6 +32,10 @@ RUNS = {
     "stretches.py": ["--json", str(OUTPUT / "stretches")],
     "tensor_strips.py": ["--json", str(OUTPUT / "tensor_strips")],
     "optimizers.py": ["--json", str(OUTPUT / "optimizers.json")],
+    "experts.py": ["--json", str(OUTPUT / "experts.json")],
+    "expert_parallel.py": ["--json", str(OUTPUT / "expert_parallel")],
+    "expert_losses.py": ["--json", str(OUTPUT / "expert_losses.json")],
+    "expert_learning.py": ["--json", str(OUTPUT / "expert_learning.json")],
     "documents.py": ["--json", str(OUTPUT / "documents.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }

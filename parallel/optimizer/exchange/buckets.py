@@ -221,10 +221,8 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
     for key in reversed(keys):
         block = plan.block(key)
         spec, stage = plan.spec_of(block), plan.stage_of_layer(block.layer)
-        tied, apart = (
-            plan.tied_layers(block),
-            shards(plan, "gradients") and is_apart(plan, block, "gradients"),
-        )
+        tied = plan.tied_layers(block)
+        apart = shards(plan, "gradients") and is_apart(plan, block, "gradients")
         hosts = plan.holders(block) if spec.expert is not None else None
         same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart, hosts))
         before = runs[-1][-1] if runs else block

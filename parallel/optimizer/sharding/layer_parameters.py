@@ -136,7 +136,7 @@ class LayerParameters:
         self._shares = layer_shares(plan, rank, self._buffer, "parameters")
 
     def _gated(
-        self, layer: int, module: nn.Module, inputs: object, outputs: list[Tensor]
+        self, layer: int, module: object, inputs: object, outputs: list[Tensor]
     ) -> list[Tensor]:
         """A layer's outputs, whose backward pass begins with the use of the layer's parameters."""
         assert self._plan is not None
@@ -149,11 +149,7 @@ class LayerParameters:
     ) -> Tensor:
         """Use the layer's parameters, also where the rank only hosts experts: as the others do."""
         self.use(layer)
-        assert self._plan is not None
-        output = host(value, context)
-        if self._plan.layers[layer].forward_only or not output.requires_grad:
-            return output
-        return _BeforeBackward.apply(lambda: self.use(layer), output)[0]
+        return self._gated(layer, host, value, [host(value, context)])[0]
 
     def begin(
         self,

@@ -20,9 +20,22 @@ from pathlib import Path
 RANKS = 4
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 100, 600
 HANG_TIMEOUT_S = 2.0
-MODEL = {"layers": 4, "hidden": 96, "intermediate": 256, "heads": 6, "kv_heads": 3, "vocab": 320}
+_WIDTH = int(os.environ.get("RECOVERY_HIDDEN", "96"))  # of processes of these jobs, too
+MODEL = {
+    "layers": 4,
+    "hidden": _WIDTH,
+    "intermediate": _WIDTH * 8 // 3,
+    "heads": _WIDTH // 16,
+    "kv_heads": _WIDTH // 32,
+    "vocab": 320,
+}
 DENSE = {"family": '"llama"'}
-EXPERTS = {"family": '"mixtral"', "experts": 16, "experts_per_token": 2, "intermediate": 128}
+EXPERTS = {
+    "family": '"mixtral"',
+    "experts": 16,
+    "experts_per_token": 2,
+    "intermediate": MODEL["intermediate"] // 2,
+}
 """As much work for a token."""
 SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 128, 2, 8
 UNDISTURBED_STEPS = 5

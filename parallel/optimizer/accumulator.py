@@ -102,6 +102,7 @@ class GradientAccumulator:
         self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
         self._empty: set[nn.Parameter] = set()
         """The parameters whose sums are zero, whatever stands in `sums`."""
+        self._released = False
         self._views: dict[nn.Parameter, Tensor] = {}
         self.keep(buffer.whole if kept is None else kept)
         for parameter in buffer.parameters:
@@ -125,6 +126,15 @@ class GradientAccumulator:
         self._empty = set(own)
         largest = max((parameter.numel() for parameter in own), default=0)
         self._scratch = self._scratch.new_empty(largest if self.exact else 0)
+        if self._released:
+            self.sums.untyped_storage().resize_(0)
+
+    def release(self) -> None:
+        """Free the memory of the sums until `clear`, and forget what they include."""
+        if not self._released:
+            self.clear()
+            self._released = True
+            self.sums.untyped_storage().resize_(0)
 
     def part(self, start: int, stop: int) -> Tensor:
         """The kept sums [start, stop): a view of `sums`."""
@@ -140,6 +150,10 @@ class GradientAccumulator:
 
     def clear(self) -> None:
         """Clear all sums and flags at the start of a step; first gradients replace what is here."""
+        if self._released:
+            self._released = False
+            self.sums.untyped_storage().resize_(self.sums.nbytes)
+            self.sums.zero_()
         self._skipped = {}
         self._flags.zero_()
         self.included.clear()

@@ -256,6 +256,8 @@ class Recovery:
         self._activate_prepared(recovery)
         with self.training.busy("prepare") if self.training is not None else nullcontext():
             self._finish_step(recovery)
+            if self.training is not None and self._rank not in recovery.included:
+                self.training.accumulator.release()  # the next plan's state takes its place
             store = drives.membership.store()
             transition = plan_transition(
                 generation,

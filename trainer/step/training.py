@@ -175,8 +175,10 @@ class Training:
                 return carried
         weights: Weights = "drawn" if initial else "unset"
         made = new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
-        if before is not None and made.layers is None:
-            made.buffer.take_over(before.model.buffer)
+        if before is not None:
+            made.accumulator.release()  # beside the state under the plan before, none is needed
+            if made.layers is None:
+                made.buffer.take_over(before.model.buffer)
         return made
 
     def _optimizer_after(self, before: Training | None, *, initial: bool) -> ShardedOptimizer:

@@ -21,7 +21,12 @@ from holdfast.parallel.optimizer.accumulator import (
 )
 from holdfast.parallel.optimizer.kernels.native_operations import add_integers
 from holdfast.parallel.optimizer.kernels.torch_operations import fixed_point
-from holdfast.parallel.optimizer.parameter_buffer import ALIGNMENT_ELEMENTS, ParameterBuffer
+from holdfast.parallel.optimizer.parameter_buffer import (
+    ALIGNMENT_ELEMENTS,
+    KeptSpans,
+    ParameterBuffer,
+    Span,
+)
 
 BITS = 44
 
@@ -245,3 +250,29 @@ def test_ordinary_gradients_are_taken_and_freed() -> None:
     assert parameter.grad is None
     sums = accumulator.sums[slice(*buffer.place(parameter))]
     assert (sums.double() * 2.0**-BITS).tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sums_that_were_released_have_memory_again_in_the_next_step(exact: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(9, 4))
+    accumulator, buffer = accumulator_of(parameter, exact=exact)
+    gradients = [random_values((9, 4), seed, torch.float32) for seed in range(3)]
+
+    def summed() -> Tensor:
+        accumulator.clear()
+        for gradient in gradients:
+            accumulator.add(parameter, gradient)
+        assert accumulator.finish() == 0
+        return accumulator.sums.clone()
+
+    before = summed()
+    for _ in range(2):  # a change that fails is followed by another
+        accumulator.release()
+        assert accumulator.sums.untyped_storage().nbytes() == 0
+        assert not accumulator.included
+    assert torch.equal(summed(), before)
+    accumulator.release()
+    accumulator.keep(KeptSpans([Span(0, 8)]))
+    assert accumulator.sums.untyped_storage().nbytes() == 0
+    accumulator.keep(buffer.whole)
+    assert torch.equal(summed(), before)

@@ -82,6 +82,7 @@ class FakeTraining:
         """Of updates that recovery asked for."""
         self.optimizer = SimpleNamespace(step=progress.updated)
         self.groups = SimpleNamespace(history=lambda: ())
+        self.accumulator = SimpleNamespace(release=lambda: None)
         self.background_transfer: Any = None
 
     def included(self) -> dict[Any, Any]:

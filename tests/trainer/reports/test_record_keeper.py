@@ -103,7 +103,7 @@ class Training:
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         replicas = SimpleNamespace(ranks=ranks, size=len(ranks), find=lambda rank: None)
-        self.plan = SimpleNamespace(stage_replicas=replicas, generation=3)
+        self.plan = SimpleNamespace(stage_replicas=replicas, generation=3, layers=())
         log = SimpleNamespace(tensorboard=False, trace_steps=[], every=1)
         train = TrainConfig(steps=9, global_batch=4, seq_len=16)
         numerics = SimpleNamespace(spike_window=0)

@@ -137,9 +137,8 @@ class Costs:
     def _expert_bytes(self, experts: ExpertDesign) -> int:
         """What all experts of a layer keep: rows of tokens, there and back, and scores."""
         hidden, between = self._model.hidden, experts.count * _ALIGNED_BYTES // (2 * self._size)
-        rows = experts.per_token * self._tokens
-        kept = (rows + between) * self._size * (hidden + 2 * experts.intermediate)
-        kept += rows * hidden * self._wide
+        rows = experts.per_token * self._tokens + between
+        kept = rows * self._size * 2 * (hidden + experts.intermediate)
         kept += 16 * self._tokens * (experts.count + experts.per_token)
         # The router's input is wide, and takes the place of the norm's output.
         return kept // self._tensor + self.hidden_bytes // self._size * (self._wide - self._size)

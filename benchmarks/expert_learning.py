@@ -1,9 +1,10 @@
 """Held-out loss of experts and of dense layers of equal work: python benchmarks/expert_learning.py
 
-The text, batches and schedule of examples/tiny.toml on one rank. A token's experts have together
-the width of the dense MLP, less what the router costs, so a step of either does as many operations.
-Each contestant gets the best of some learning rates on the first seed; then every seed is trained
-with it.
+The text, batches and schedule of examples/tiny.toml on one rank, and a model that is small for the
+8 million tokens of a run: experts add capacity, which a model that sees few tokens for each of its
+parameters does not lack. A token's experts have together the width of the dense MLP, less what the
+router costs, so a step of either does as many operations. Each contestant gets the best of some
+learning rates on the first seed; then every seed is trained with it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,17 @@ from holdfast.trainer.config import load_config
 from holdfast.trainer.models import layer_specs
 from text_runs import ROOT, arguments, held_out_losses
 
-DENSE: dict[str, object] = {"model.family": "mistral"}
-EXPERTS: dict[str, object] = {
+SMALL: dict[str, object] = {
+    "model.layers": 2,
+    "model.hidden": 64,
+    "model.intermediate": 128,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "train.micro_batch": 16,
+    "numerics.reduction": "fast",
+}
+DENSE: dict[str, object] = SMALL | {"model.family": "mistral"}
+EXPERTS: dict[str, object] = SMALL | {
     "model.family": "mixtral",
     "model.experts": 8,
     "model.experts_per_token": 2,
@@ -58,11 +68,12 @@ def contestants() -> dict[str, dict[str, object]]:
 
 
 def main() -> None:
-    given = arguments(__doc__, every=50)
+    given = arguments(__doc__, steps=4000, every=500)
     table = Table(title=f"{given.steps} steps, seeds {given.seeds}")
-    for column in ("", "parameters", "operations", "rate", "held-out loss at the end", "by rate"):
+    columns = ("", "parameters", "operations", "rate", "held-out loss at the end", "by rate")
+    for column in (*columns, "above dense, by seed"):
         table.add_column(column)
-    result = {}
+    result, dense_ends = {}, list[float]()
     for name, keys in contestants().items():
         size = (given.steps, given.every)
         rates = given.rates or RATES
@@ -71,6 +82,7 @@ def main() -> None:
         best = min(at_rates, key=at_rates.__getitem__)
         others = [held_out_losses(keys, best, seed, *size) for seed in given.seeds[1:]]
         ends = [at_rates[best], *(found[given.steps] for found in others)]
+        dense_ends = dense_ends or ends
         spread = f" +- {stdev(ends):.4f}" if len(ends) > 1 else ""
         operations, parameters = work(keys)
         shown = {rate: round(loss, 4) for rate, loss in at_rates.items()}
@@ -81,6 +93,7 @@ def main() -> None:
             f"{best:g}",
             f"{mean(ends):.4f}{spread}",
             str(shown),
+            ", ".join(f"{loss - dense:+.4f}" for loss, dense in zip(ends, dense_ends, strict=True)),
         )
         result[name] = {"keys": keys, "operations": operations, "rates": at_rates, "ends": ends}
     Console().print(table)

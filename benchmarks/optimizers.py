@@ -32,7 +32,7 @@ def reached(found: Mapping[int, float], loss: float) -> int | None:
 
 
 def main() -> None:
-    given = arguments(__doc__, every=10)
+    given = arguments(__doc__, steps=150, every=10)
     size = (given.steps, given.every)
     tried = {
         name: {rate: losses(name, rate, given.seeds[0], *size) for rate in given.rates or usual}

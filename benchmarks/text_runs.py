@@ -23,14 +23,14 @@ _ONE_RANK = {
 }
 
 
-def arguments(description: str | None, every: int) -> argparse.Namespace:
+def arguments(description: str | None, steps: int, every: int) -> argparse.Namespace:
     """The command's steps, steps between evaluations, seeds, rates, and file for results.
 
     Args:
-        every: the steps between evaluations unless others are given.
+        steps, every: the steps, and those between evaluations, unless others are given.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--every", type=int, default=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", help="the learning rates to try")

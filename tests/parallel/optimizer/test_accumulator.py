@@ -272,7 +272,7 @@ def test_sums_that_were_released_have_memory_again_in_the_next_step(exact: bool)
         assert not accumulator.included
     assert torch.equal(summed(), before)
     accumulator.release()
-    accumulator.keep(KeptSpans([Span(0, 8)]))
+    accumulator.keep(KeptSpans([Span(0, 8)]), frozenset([parameter]))
     assert accumulator.sums.untyped_storage().nbytes() == 0
     accumulator.keep(buffer.whole)
     assert torch.equal(summed(), before)

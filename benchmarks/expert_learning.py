@@ -18,7 +18,7 @@ from rich.table import Table
 from harness import machine
 from holdfast.trainer.config import load_config
 from holdfast.trainer.models import layer_specs
-from text_runs import ROOT, arguments, held_out_losses
+from text_runs import ONE_RANK, ROOT, arguments, held_out_losses
 
 SMALL: dict[str, object] = {
     "model.layers": 2,
@@ -41,7 +41,8 @@ RATES = (1e-3, 3e-3, 1e-2)
 
 def work(keys: dict[str, object]) -> tuple[float, int]:
     """The operations of a forward pass of a micro-batch, and the model's parameters."""
-    config = load_config(ROOT / "examples/tiny.toml", [f"{k}={v}" for k, v in keys.items()])
+    sets = [f"{key}={value}" for key, value in (ONE_RANK | keys).items()]
+    config = load_config(ROOT / "examples/tiny.toml", sets)
     train = config.train
     layers = layer_specs(
         config.model,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_ONE_RANK = {
+ONE_RANK = {
     "parallel.data": 1,
     "parallel.pipeline": 1,
     "parallel.virtual": 1,
@@ -55,7 +55,7 @@ def held_out_losses(
         "train.steps": steps,
         "train.eval_every": every,
         "train.eval_batches": 8,
-        **_ONE_RANK,
+        **ONE_RANK,
         **keys,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,9 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -105,8 +107,11 @@ class GradientAccumulator:
         self._released = False
         self._views: dict[nn.Parameter, Tensor] = {}
         self.keep(buffer.whole if kept is None else kept)
+        # Parameters hold their hooks where Python's garbage collector does not look: a model would
+        # stay in memory for ever after the change of plan that replaced it.
+        here: weakref.ref[GradientAccumulator] = weakref.ref(self)
         for parameter in buffer.parameters:
-            parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
+            parameter.register_post_accumulate_grad_hook(partial(_take_ordinary_gradient, here))
         for queue in queues:
             queue.subscribe(self)
 
@@ -210,8 +215,7 @@ class GradientAccumulator:
     def forget(self) -> None:
         """Tell nothing more of this step.
 
-        Parameters refer to this object where Python's garbage collector does not look, so between
-        steps it refers to nothing that has connections.
+        Between steps this object refers to nothing that has connections.
         """
         self._left, self._complete, self._share = {}, _untold, _keep_whole
 
@@ -396,8 +400,13 @@ class GradientAccumulator:
         sums, first = self._views[parameter], self._is_first(parameter)
         self._operations.accumulate(sums, gradient, self.fraction_bits, self._flags, first=first)
 
-    def _take_ordinary_gradient(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        gradient, parameter.grad = parameter.grad, None  # nothing is left if a keeper is gone
-        if gradient is not None:
-            self.add(parameter, gradient)
+
+def _take_ordinary_gradient(
+    accumulator: weakref.ref[GradientAccumulator], parameter: Tensor
+) -> None:
+    """Add a gradient that autograd has accumulated, where anything still sums gradients."""
+    assert isinstance(parameter, nn.Parameter)
+    gradient, parameter.grad = parameter.grad, None  # nothing is left if a keeper is gone
+    here = accumulator()
+    if here is not None and gradient is not None:
+        here.add(parameter, gradient)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
@@ -44,6 +46,7 @@ _POLL_S = 0.01
 _JOINING_S = 60.0
 _AWAITED_STEPS = 20
 """Steps for which a replacement is awaited before layers move instead."""
+_MOST_COLLECTIONS = 5
 
 
 class HandedOver(Stopped):
@@ -77,6 +80,15 @@ class Session(Protocol):
     def report_interrupted_step(
         self, change: CompletedChange, evaluated: Mapping[str, float]
     ) -> None: ...
+
+
+class _Change(NamedTuple):
+    """A change of the plan that follows a step."""
+
+    urgent: bool = False
+    """Whether the step was interrupted."""
+    leaving: bool = False
+    """Whether this worker leaves."""
 
 
 class ElasticLoop:
@@ -127,6 +139,7 @@ class ElasticLoop:
         training = self._recover(urgent=False)
         while True:
             step = training.progress.decided
+            change: _Change | None = None
             try:
                 if step >= self._config.train.steps:
                     self._session.finish()
@@ -137,17 +150,22 @@ class ElasticLoop:
                 sound = self._compare_when_due(step + 1)
                 if sound and self._stops(training, step + 1, outcome):
                     return
+                if not sound:
+                    change = _Change()
+                elif self._changes(training, outcome):
+                    change = _Change(leaving=mine)
             except (PeerLost, DistError) as error:  # the node of the store may be gone, too
                 logger.warning("step %d is interrupted: %s", training.progress.decided + 1, error)
                 self._recovery.abort(str(error))
-                training = self._recover(urgent=True)
-                continue
-            if not sound:
-                training = self._recover(urgent=False)
-                continue
-            arrived = bool(training.plan.incoming) and not outcome.requests.filling
-            if outcome.requests.change or (arrived and self._history is None):
-                training = self._recover(urgent=False, leaving=mine)
+                change = _Change(urgent=True)
+            if change is not None:
+                training = self._recover(urgent=change.urgent, leaving=change.leaving)
+                _forget_what_was_replaced()
+
+    def _changes(self, training: Training, outcome: Outcome) -> bool:
+        """Whether the plan changes after a step with this outcome."""
+        arrived = bool(training.plan.incoming) and not outcome.requests.filling
+        return outcome.requests.change or (arrived and self._history is None)
 
     def _stops(self, training: Training, step: int, outcome: Outcome) -> bool:
         """Whether the run ends after this step, counted from 1; it is saved then."""
@@ -249,6 +267,18 @@ def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> 
     return None
 
 
+def _forget_what_was_replaced() -> None:
+    """Free the training before: errors refer to frames, and these to it and to its graphs.
+
+    Graphs that are freed leave behind what refers to itself, and so on. Of a backward pass that was
+    interrupted, torch keeps the rest until the next one.
+    """
+    torch.ones((), requires_grad=True).clone().backward()
+    for _ in range(_MOST_COLLECTIONS):
+        if not gc.collect():
+            return
+
+
 def train_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> None:
@@ -256,6 +286,7 @@ def train_elastic_worker(
 
     Raises as `ElasticLoop.run` does, but for `HandedOver`.
     """
+    gc.freeze()  # what is imported is not looked through after each change of plan
     with contextlib.ExitStack() as held:
         membership = Membership(spec, channel)
         held.callback(membership.close)

@@ -8,8 +8,11 @@ imported when the first region is compiled.
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 from collections.abc import Callable, Iterable
 from functools import cache
+from importlib import import_module
 from time import perf_counter
 from typing import Any, NamedTuple, ParamSpec
 
@@ -32,6 +35,18 @@ class Region(NamedTuple):
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     """Tensors have the run's shapes and types; those that need gradients have any values."""
+
+
+def import_compiler() -> None:
+    """Import torch's compiler, as `torch.utils.checkpoint` does in its first call. Local.
+
+    Amid a step others would wait for it. What it keeps of the frames that import it, and so all
+    that these see, stays in memory: a thread of its own sees nothing.
+    """
+    if "torch._dynamo" not in sys.modules:
+        thread = threading.Thread(target=import_module, args=("torch._dynamo",))
+        thread.start()
+        thread.join()
 
 
 def compiled(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -104,8 +105,12 @@ class Checkpoints:
             numbers=self._ranks,
         )
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
+        # It refers to no training: one that is replaced leaves memory with its checkpoints.
+        name = f"g{generation}/join"
+        splits = training.plan.configured_mesh.parts > 1 and members.size > 1
+        make_join = partial(_join_group, members, world.store_host, name, settings.timeout_s)
         self._manager = CheckpointManager(
-            members, settings, make_join=lambda: self._join_group(world.store_host)
+            members, settings, make_join=make_join if splits else _no_group
         )
         self._earlier: list[CheckpointManager] = []
         """The managers of earlier generations whose last save still waits for its disk."""
@@ -249,23 +254,6 @@ class Checkpoints:
 
     def _uploading(self) -> set[str]:
         return self._remote.pending if self._remote is not None else set()
-
-    def _join_group(self, host: str) -> Communicator | None:
-        """A second communicator of all ranks, for weights split along columns. Local.
-
-        Ranks of different replicas may save one tensor's columns, as shadows or as keepers.
-        """
-        if self._training.plan.configured_mesh.parts == 1 or len(self._ranks) == 1:
-            return None
-        members = self._manager.members
-        return separate_group(
-            members.store,
-            host,
-            f"g{self._training.plan.generation}/join",
-            range(len(self._ranks)),
-            members.rank,
-            timeout_s=self._training.config.checkpoint.timeout_s,
-        )
 
     def results(self) -> list[SaveResult | UploadResult]:
         """The saves and uploads that have ended since the last call."""
@@ -431,3 +419,16 @@ class Checkpoints:
             for name in forget_newer(self._run.root, 0):
                 note(f"{name} in memory: a copy of steps that the run now repeats, removed")
         return 0
+
+
+def _join_group(members: Members, host: str, name: str, timeout_s: float) -> Communicator:
+    """A second communicator of all ranks, for weights split along columns. Local.
+
+    Ranks of different replicas may save one tensor's columns, as shadows or as keepers.
+    """
+    ranks = range(members.size)
+    return separate_group(members.store, host, name, ranks, members.rank, timeout_s=timeout_s)
+
+
+def _no_group() -> None:
+    """The communicator where no weight is split along columns."""

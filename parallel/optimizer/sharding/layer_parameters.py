@@ -8,6 +8,7 @@ values are copies.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class _BeforeBackward(torch.autograd.Function):
         return None, *gradients
 
 
-def _no_experts(value: Tensor, _: object) -> Tensor:
+def _no_experts(module: object, value: Tensor, context: object) -> Tensor:
     """The host of a layer without experts."""
     return value
 
@@ -124,8 +125,9 @@ class LayerParameters:
         for layer, module in modules.items():
             module.register_forward_pre_hook(lambda *_, layer=layer: self.use(layer))
             module.register_forward_hook(partial(self._gated, layer))
-            hosts = getattr(module, "host", _no_experts)
-            module.__dict__["host"] = partial(self._hosted, layer, hosts)
+            host = getattr(type(module), "host", _no_experts)
+            # A module that referred to itself would stay in memory when another replaces it.
+            module.__dict__["host"] = partial(self._hosted, layer, host, weakref.ref(module))
 
     def connect(self, plan: Plan, rank: int, comm: Communicator) -> None:
         """Share with the ranks of a plan from now on. Local."""
@@ -145,11 +147,16 @@ class LayerParameters:
         return list(_BeforeBackward.apply(lambda: self.use(layer), *outputs))
 
     def _hosted(
-        self, layer: int, host: Callable[..., Tensor], value: Tensor, context: object
+        self,
+        layer: int,
+        host: Callable[..., Tensor],
+        module: weakref.ref[nn.Module],
+        value: Tensor,
+        context: object,
     ) -> Tensor:
         """Use the layer's parameters, also where the rank only hosts experts: as the others do."""
         self.use(layer)
-        return self._gated(layer, host, value, [host(value, context)])[0]
+        return self._gated(layer, host, value, [host(module(), value, context)])[0]
 
     def begin(
         self,

@@ -1,0 +1,102 @@
+"""What a change of plan replaces leaves memory at once, without Python's garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.parallel.optimizer import GradientAccumulator, ParameterBuffer
+from holdfast.trainer.step import Training
+from support.runs.elastic_runs import Starter, fault, pace
+
+pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow]
+
+NOTES = "HOLDFAST_TEST_IN_MEMORY"
+"""The variable that names the folder of the workers' notes."""
+WATCHED = (Training, GradientAccumulator, ParameterBuffer)
+MOVING: dict[str, Any] = {
+    "model": {
+        "family": "mixtral",
+        "layers": 2,
+        "experts": 8,
+        "experts_per_token": 1,
+        "vocab": 8,
+        "init_std": 0.3,  # routers that prefer some experts
+    },
+    "train": {"steps": 14, "global_batch": 4, "seq_len": 32, "seed": 1},
+    "checkpoint": {"every": 2, "keep": 2},
+}
+
+
+SECTIONS = (*MOVING, "parallel")
+
+
+def note_what_is_in_memory() -> None:
+    """Have each worker note, as each step begins, how many of the watched things it has."""
+    made: list[weakref.ref[Any]] = []
+    compute = Training.compute
+
+    def counting(cls: type) -> None:
+        begin = cls.__init__
+
+        def __init__(self: Any, *arguments: Any, **more: Any) -> None:
+            made.append(weakref.ref(self))
+            begin(self, *arguments, **more)
+
+        cls.__init__ = __init__  # pyrefly: ignore[bad-assignment]
+
+    def noting(self: Training, step: int, *at: Any) -> Any:
+        gc.disable()
+        alive = [type(found).__name__ for ref in made if (found := ref()) is not None]
+        count = {cls.__name__: alive.count(cls.__name__) for cls in WATCHED}
+        line = json.dumps({"step": step, "plan": self.plan.generation, **count})
+        with (Path(os.environ[NOTES]) / f"{self.rank}-{os.getpid()}").open("a") as notes:
+            notes.write(f"{line}\n")
+        return compute(self, step, *at)
+
+    for cls in WATCHED:
+        counting(cls)
+    Training.compute = noting  # pyrefly: ignore[bad-assignment]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"parallel": {"data": 4, "expert": 4, "expert_replicas": "auto"}},
+        {"parallel": {"data": 4, "expert": 4, "shard": "parameters"}},
+        {"parallel": {"data": 2, "pipeline": 2}, "train": {"recompute": "full"}},
+    ],
+    ids=["moved experts", "sharded parameters", "moved layers"],
+)
+def test_a_worker_has_one_training_in_memory_whatever_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]]
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    monkeypatch.setenv(NOTES, str(notes))
+    start = Starter(tmp_path, before="test_released_state:note_what_is_in_memory")
+    try:
+        keys = {name: MOVING.get(name, {}) | sections.get(name, {}) for name in SECTIONS}
+        run = start(
+            **keys,  # pyrefly: ignore[bad-argument-type]
+            elastic=pace(
+                {"expert_steps": 2, "local_nodes": 4, "chaos": [fault("kill", 3, 6, "backward")]},
+                0.3,
+            ),
+        )
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    noted = [
+        json.loads(line)
+        for file in sorted(notes.iterdir())
+        for line in file.read_text().split("\n")[:-1]
+    ]
+    assert len({of_step["plan"] for of_step in noted}) >= 3, "the plan did not change"
+    assert [of_step for of_step in noted if {of_step[c.__name__] for c in WATCHED} != {1}] == []

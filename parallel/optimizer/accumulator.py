@@ -70,6 +70,7 @@ class GradientAccumulator:
         queues: Iterable[GradientSource] = (),
         kept: KeptSpans | None = None,
         slices: Slices | None = None,
+        released: bool = False,
     ) -> None:
         """Subscribe to the gradients of all parameters of `buffer`. Local.
 
@@ -77,6 +78,7 @@ class GradientAccumulator:
             queues: the queues that bring weight gradients here past autograd.
             kept: as for `keep`; None: all sums.
             slices: the slices of a sequence; each own one brings gradients. None: there is one.
+            released: as after `release`.
         """
         self.exact = exact
         self.slices = slices or Slices()
@@ -104,7 +106,7 @@ class GradientAccumulator:
         self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
         self._empty: set[nn.Parameter] = set()
         """The parameters whose sums are zero, whatever stands in `sums`."""
-        self._released = False
+        self._released = released
         self._views: dict[nn.Parameter, Tensor] = {}
         self.keep(buffer.whole if kept is None else kept)
         # Parameters hold their hooks where Python's garbage collector does not look: a model would
@@ -125,7 +127,8 @@ class GradientAccumulator:
             return  # what an interrupted step has summed stays
         self._shared = shared
         if kept != self.kept:
-            self.kept, self.sums = kept, self.sums.new_zeros(kept.elements)
+            new = self.sums.new_empty if self._released else self.sums.new_zeros
+            self.kept, self.sums = kept, new(kept.elements)
         own = [p for p in self._buffer.parameters if kept.elements and p not in shared]
         self._views = {p: kept.of(self.sums, *self._buffer.place(p)).view(p.shape) for p in own}
         self._empty = set(own)

@@ -134,6 +134,7 @@ class ParameterBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         keep: Callable[[Sequence[Segment]], KeptSpans] | None = None,
+        filled: bool = True,
     ) -> None:
         """Move the parameters into the tensor, or lay out a part of them.
 
@@ -143,6 +144,7 @@ class ParameterBuffer:
             dtype, device: the type and device of the buffer if the rank holds no parameter.
             keep: returns what is kept of the segments; the parameters then lie elsewhere, and
                 `values` is zero. None: all is kept, and the modules work on views of it.
+            filled: whether the parameters have values, which are taken over; else they are zero.
         """
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0
@@ -165,7 +167,8 @@ class ParameterBuffer:
         """The kept elements."""
         for parameter, (start, stop) in self._place.items() if keep is None else ():
             view = self.values[start:stop].view(parameter.shape)
-            view.copy_(parameter.detach())
+            if filled:
+                view.copy_(parameter.detach())
             parameter.data = view
 
     @property

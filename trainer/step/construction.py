@@ -196,16 +196,24 @@ def new_model(
     groups: Groups,
     device: torch.device,
     *,
-    weights: Weights,
+    initial: bool,
 ) -> ModelParts:
-    """A rank's chunks with their buffers. The arguments are those of `build_chunk`."""
+    """A rank's chunks with their buffers.
+
+    Args:
+        initial: whether the parameters are drawn. Else they are zero, to be filled from elsewhere,
+            and sums have no memory before a step begins.
+    """
     shares = shards(plan, "parameters")
-    chunks = new_chunks(config, plan, rank, groups, device, weights="none" if shares else weights)
+    drawn = initial and not shares
+    weights: Weights = "drawn" if drawn else "none"
+    chunks = new_chunks(config, plan, rank, groups, device, weights=weights)
     buffer = ParameterBuffer(
         [row for chunk in chunks.values() for row in chunk.rows()],
         dtype=PRECISIONS[config.train.precision].dtype,
         device=device,
         keep=kept_spans(plan, rank, "parameters") if shares else None,
+        filled=drawn,
     )
     accumulator = GradientAccumulator(
         buffer,
@@ -214,13 +222,14 @@ def new_model(
         queues=[chunk.queue for chunk in chunks.values()],
         kept=KeptSpans([]) if shards(plan, "gradients") else None,  # the optimizer says what
         slices=run_slices(config, plan, rank),
+        released=not initial,
     )
     arrival = ParameterArrival()
     if not shares:
         for chunk in chunks.values():
             arrival.watch(chunk)
         return ModelParts(chunks, buffer, accumulator, arrival)
-    if weights == "drawn":
+    if initial:
         initialize_kept(buffer, config.train.seed)
     modules = {
         layer: module for chunk in chunks.values() for layer, module in chunk.modules_by_layer()

@@ -41,7 +41,7 @@ from holdfast.parallel.plan import (
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import Weights, experts_of, further_losses_of
+from holdfast.trainer.models import experts_of, further_losses_of
 from holdfast.trainer.step.ballot import (
     BallotFormat,
     Losses,
@@ -173,12 +173,9 @@ class Training:
             carried = carried_model(before.model, before.plan, self.plan, self.rank)
             if carried is not None:
                 return carried
-        weights: Weights = "drawn" if initial else "unset"
-        made = new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
-        if before is not None:
-            made.accumulator.release()  # beside the state under the plan before, none is needed
-            if made.layers is None:
-                made.buffer.take_over(before.model.buffer)
+        made = new_model(self.config, self.plan, self.rank, groups, self.device, initial=initial)
+        if before is not None and made.layers is None:
+            made.buffer.take_over(before.model.buffer)
         return made
 
     def _optimizer_after(self, before: Training | None, *, initial: bool) -> ShardedOptimizer:

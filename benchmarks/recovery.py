@@ -4,7 +4,8 @@ again.
 The same shape of model and batch under
 
 - holdfast, `elastic.enabled`: four data-parallel ranks, exact mode, one shadow per block;
-- holdfast with 16 experts over the four ranks, of as much work for a token;
+- holdfast with 16 experts over the four ranks, or over each two of them, of as much work for a
+  token;
 - torchft, `manager.allreduce` over gloo: four replicas, each restarted when it has died, with the
   same heartbeat settings, and plain AdamW (its DDP wrapper fails on torch 2.13 when a peer dies);
 - torchrun --max-restarts: holdfast's plain workers with a checkpoint every 5 steps, loaded at each
@@ -82,7 +83,8 @@ def measure(
 
 CONTESTANTS = {
     "holdfast": holdfast,
-    "holdfast, experts": partial(holdfast, family=EXPERTS),
+    "holdfast, experts": partial(holdfast, family=EXPERTS, expert=RANKS),
+    "holdfast, experts twice": partial(holdfast, family=EXPERTS, expert=RANKS // 2),
     "torchft": torchft,
     "torchrun restart": torchrun,
 }

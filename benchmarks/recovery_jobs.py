@@ -105,7 +105,7 @@ class Contestant:
 
 
 def config_text(
-    *, elastic: bool, checkpoint_every: int, family: Mapping[str, object] = DENSE
+    *, elastic: bool, checkpoint_every: int, family: Mapping[str, object] = DENSE, expert: int = 1
 ) -> str:
     model = "\n".join(f"{key} = {value}" for key, value in (MODEL | dict(family)).items())
     return f"""
@@ -121,7 +121,7 @@ global_batch = {MICRO_BATCH * MICRO_BATCHES}
 micro_batch = {MICRO_BATCH}
 [parallel]
 data = {RANKS}
-expert = {RANKS if "experts" in family else 1}
+expert = {expert}
 [checkpoint]
 every = {checkpoint_every}
 keep = 2
@@ -173,9 +173,11 @@ def undisturbed(
 
 
 @contextlib.contextmanager
-def holdfast(folder: Path, family: Mapping[str, object] = DENSE) -> Iterator[Contestant]:
+def holdfast(
+    folder: Path, family: Mapping[str, object] = DENSE, expert: int = 1
+) -> Iterator[Contestant]:
     path, run = folder / "run.toml", folder / "run"
-    path.write_text(config_text(elastic=True, checkpoint_every=0, family=family))
+    path.write_text(config_text(elastic=True, checkpoint_every=0, family=family, expert=expert))
     command = [
         *(sys.executable, "-m", "holdfast.launch.cli", "train"),
         str(path),

@@ -6,6 +6,7 @@ from .chunk import (
 )
 from .compilation import (
     compile_regions as compile_regions,
+    import_compiler as import_compiler,
 )
 from .family import (
     FAMILIES as FAMILIES,

@@ -14,7 +14,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import Count
 from holdfast.trainer.config import RunConfig, machine_memory_bytes
-from holdfast.trainer.models import RegionSizes, compile_regions, family_of
+from holdfast.trainer.models import RegionSizes, compile_regions, family_of, import_compiler
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds import WorldInfo
@@ -44,6 +44,7 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
     """Compile what `train.compile` compiles, before any rank waits for another one. Local.
 
     It takes as long as a step's passes through one layer if it has been compiled in this process.
+    With `train.recompute` torch's checkpointing imports the compiler, too.
 
     Returns:
         Results of the compiled code, which are equal on ranks that compute the same bits; empty if
@@ -52,6 +53,8 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
         ConfigError: torch cannot compile on this machine.
     """
     train, parallel = config.train, config.parallel
+    if train.recompute != "none":
+        import_compiler()
     regions = family_of(config.model.family).compiled_regions
     if not train.compile or regions is None:
         return []

@@ -25,7 +25,7 @@ from holdfast.parallel.tensor_parallel import (
     of_parts,
     row_linear,
 )
-from holdfast.trainer.models.compilation import compiled, import_compiler
+from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.decoder.attention import Attention, attention_core
 from holdfast.trainer.models.decoder.ends import Embedding, Head
 from holdfast.trainer.models.decoder.experts import Decisions, Experts
@@ -256,8 +256,6 @@ def module_builder(
 
     def transformer_layer(layer: int, spec: LayerSpec) -> TransformerLayer:
         recompute, number = spec.recompute, layer - 1
-        if recompute != "none":
-            import_compiler()
         core = attention_core(
             model,
             layer,

@@ -98,5 +98,5 @@ def test_a_worker_has_one_training_in_memory_whatever_has_changed(
         for file in sorted(notes.iterdir())
         for line in file.read_text().split("\n")[:-1]
     ]
-    assert len({of_step["plan"] for of_step in noted}) >= 3, "the plan did not change"
+    assert len({of_step["plan"] for of_step in noted}) >= 2, "the plan did not change"
     assert [of_step for of_step in noted if {of_step[c.__name__] for c in WATCHED} != {1}] == []

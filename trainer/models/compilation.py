@@ -2,7 +2,7 @@
 
 Linear layers hand weight gradients to a queue and communicate, so a compiled layer would be many
 graphs. A region is one graph of constant shapes, equal on every rank of a run. torch's compiler is
-imported when the first region is compiled.
+imported when the first region is compiled, or where torch's checkpointing needs it.
 """
 
 from __future__ import annotations

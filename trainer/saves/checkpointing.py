@@ -107,11 +107,9 @@ class Checkpoints:
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
         # It refers to no training: one that is replaced leaves memory with its checkpoints.
         name = f"g{generation}/join"
-        splits = training.plan.configured_mesh.parts > 1 and members.size > 1
-        make_join = partial(_join_group, members, world.store_host, name, settings.timeout_s)
-        self._manager = CheckpointManager(
-            members, settings, make_join=make_join if splits else _no_group
-        )
+        parts = training.plan.configured_mesh.parts
+        join = partial(_join_group, members, parts, world.store_host, name, settings.timeout_s)
+        self._manager = CheckpointManager(members, settings, make_join=join)
         self._earlier: list[CheckpointManager] = []
         """The managers of earlier generations whose last save still waits for its disk."""
         self._untold: list[SaveResult | UploadResult] = []
@@ -421,14 +419,14 @@ class Checkpoints:
         return 0
 
 
-def _join_group(members: Members, host: str, name: str, timeout_s: float) -> Communicator:
+def _join_group(
+    members: Members, parts: int, host: str, name: str, timeout_s: float
+) -> Communicator | None:
     """A second communicator of all ranks, for weights split along columns. Local.
 
     Ranks of different replicas may save one tensor's columns, as shadows or as keepers.
     """
+    if parts == 1 or members.size == 1:
+        return None
     ranks = range(members.size)
     return separate_group(members.store, host, name, ranks, members.rank, timeout_s=timeout_s)
-
-
-def _no_group() -> None:
-    """The communicator where no weight is split along columns."""

@@ -125,9 +125,8 @@ class LayerParameters:
         for layer, module in modules.items():
             module.register_forward_pre_hook(lambda *_, layer=layer: self.use(layer))
             module.register_forward_hook(partial(self._gated, layer))
-            host = getattr(type(module), "host", _no_experts)
             # A module that referred to itself would stay in memory when another replaces it.
-            module.__dict__["host"] = partial(self._hosted, layer, host, weakref.ref(module))
+            module.__dict__["host"] = partial(self._hosted, layer, weakref.ref(module))
 
     def connect(self, plan: Plan, rank: int, comm: Communicator) -> None:
         """Share with the ranks of a plan from now on. Local."""
@@ -147,16 +146,13 @@ class LayerParameters:
         return list(_BeforeBackward.apply(lambda: self.use(layer), *outputs))
 
     def _hosted(
-        self,
-        layer: int,
-        host: Callable[..., Tensor],
-        module: weakref.ref[nn.Module],
-        value: Tensor,
-        context: object,
+        self, layer: int, module: weakref.ref[nn.Module], value: Tensor, context: object
     ) -> Tensor:
         """Use the layer's parameters, also where the rank only hosts experts: as the others do."""
         self.use(layer)
-        return self._gated(layer, host, value, [host(module(), value, context)])[0]
+        here = module()
+        host = getattr(type(here), "host", _no_experts)
+        return self._gated(layer, here, value, [host(here, value, context)])[0]
 
     def begin(
         self,

@@ -204,6 +204,9 @@ def blocked_survivors(rank: int, world_size: int, store: Any, *, how: int) -> An
         ]  # rank 1's tensor group would be first to see it; rank 2 waits for rank 3 in vain
     threads, told = _in_threads(waits)
     _until(lambda: len(told) + sum(o.is_waited_for for o in groups.history()) >= len(waits))
+    # Not while another survivor still posts: it would find this one's connection closed.
+    store.set(f"waits/{rank}", "1")
+    store.wait([f"waits/{r}" for r in range(1, RANKS)])
     groups.abort(REASON)
     groups.abort("a later reason")
     for thread in threads:

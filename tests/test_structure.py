@@ -33,6 +33,7 @@ WIDE = {
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "launch.agent.worker_slot.WorkerSlot": "hence its many attributes",
     "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
+    "trainer.elastic.worker_status.RecoveryPlan": "because every field follows from all statuses",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",
     "trainer.config.optimizer_section.OptimizerConfig": "A field for each key",
     "trainer.config.data_section.DataConfig": "A field for each key",

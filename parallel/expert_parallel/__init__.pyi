@@ -2,6 +2,9 @@ from .dispatch import (
     Arriving as Arriving,
     dispatch as dispatch,
 )
+from .lost_gradients import (
+    add_lost_gradients as add_lost_gradients,
+)
 from .products import (
     expert_products as expert_products,
 )

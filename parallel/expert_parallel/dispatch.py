@@ -20,11 +20,8 @@ from torch import Tensor
 from holdfast.parallel.comm import Handle
 from holdfast.parallel.expert_parallel.hosts import chosen_hosts
 from holdfast.parallel.expert_parallel.products import Work, places_of, row_multiple
-from holdfast.parallel.layout import GradientMark
-from holdfast.parallel.pipeline import ExpertTeam
-
-SliceKey = tuple[int, int]
-"""A micro-batch, and a slice of it."""
+from holdfast.parallel.layout import GradientMark, SliceKey
+from holdfast.parallel.pipeline import ExpertTeam, PassageInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,8 @@ class Dispatch:
     """(expert of this rank, slices for which another rank's copy of it works)."""
     rows: int
     """The rows of `arranged` choices, with those between."""
+    inputs: PassageInputs | None
+    """Takes what this rank's tokens bring to experts, if it is kept."""
     _under_way: list[tuple[Handle | None, Tensor, Tensor]] = field(
         default_factory=list, compare=False, repr=False
     )
@@ -60,7 +59,7 @@ class Dispatch:
         Args:
             value: float[tokens, hidden].
         """
-        leaving = _Gathered.apply(value, self.tokens, self.places)
+        leaving = _Gathered.apply(value, self.tokens, self.places, self.inputs)
         return Arriving(self, leaving if self.is_local else _Leaving.apply(leaving, self))
 
     def to_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class Dispatch:
             weights: float[tokens, choices], float32 or wider.
         """
         arrived = rows if self.is_local else _Returned.apply(rows, self)
-        return _Combined.apply(arrived, self.places, weights)  # pyrefly: ignore[bad-return]
+        return _Combined.apply(arrived, self.places, weights, self.inputs)  # pyrefly: ignore[bad-return]
 
     @property
     def is_local(self) -> bool:
@@ -130,6 +129,9 @@ def dispatch(
     sent.index_add_(0, to_rank, mine)
     arrangement = _arrange(counts, keys, hosts == team.index, team, row_multiple(like.dtype))
     tokens, places = _leaving(order, per_token, arrangement, team)
+    inputs = None
+    if team.inputs is not None and team.group is not None and slices:
+        inputs = PassageInputs(team.inputs, layer, slices, experts, team.share)
     return Dispatch(
         team=team,
         tokens=tokens,
@@ -140,6 +142,7 @@ def dispatch(
         work=arrangement.work,
         elsewhere=_elsewhere(keys, hosts, team, layer),
         rows=arrangement.rows,
+        inputs=inputs,
     )
 
 
@@ -260,28 +263,36 @@ class _Gathered(torch.autograd.Function):
     """A row for each choice of each token; backward adds a token's in the order of its choices."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.places = places
+    def forward(
+        ctx: Any, value: Tensor, tokens: Tensor, places: Tensor, inputs: PassageInputs | None
+    ) -> Tensor:
+        ctx.places, ctx.inputs = places, inputs
+        if inputs is not None:
+            ctx.save_for_backward(value)
         return value.index_select(0, tokens)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.inputs is not None:
+            ctx.inputs.note_tokens(*ctx.saved_tensors)
         first, *others = ctx.places.unbind(1)
         wide = torch.promote_types(gradient.dtype, torch.float32)
         total = gradient.index_select(0, first).to(wide)
         for rows in others:
             total += gradient.index_select(0, rows)
-        return total.to(gradient.dtype), None, None
+        return total.to(gradient.dtype), None, None, None
 
 
 class _Combined(torch.autograd.Function):
     """The weighted sums of each token's rows, in the order of its choices, in the rows' type."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, places: Tensor, weights: Tensor, inputs: PassageInputs | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, weights)
-        ctx.places = places
+        ctx.places, ctx.inputs = places, inputs
         total: Tensor | None = None
         for own, weight in _by_choice(places, weights):
             weighted = rows.index_select(0, own).to(weights.dtype).mul_(weight)
@@ -291,8 +302,10 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
         rows, weights = ctx.saved_tensors
+        if ctx.inputs is not None:
+            ctx.inputs.note_gradient(gradient, weights)
         by_rows = torch.empty_like(rows)  # rows between are not read
         by_weights = torch.empty_like(weights)
         wide = gradient.to(weights.dtype)
@@ -300,7 +313,7 @@ class _Combined(torch.autograd.Function):
             by_rows.index_copy_(0, own, (wide * weight).to(rows.dtype))
             products = rows.index_select(0, own).to(weights.dtype).mul_(wide)
             by_weights[:, choice] = products.sum(1)
-        return by_rows, None, by_weights
+        return by_rows, None, by_weights, None
 
 
 class _Leaving(torch.autograd.Function):

@@ -149,6 +149,30 @@ class _ExpertProducts(torch.autograd.Function):
         return by_rows, None, *found
 
 
+def put_weight_gradients(
+    value: Tensor,
+    gradient: Tensor,
+    piece: Work,
+    matrices: tuple[nn.Parameter, nn.Parameter],
+    queue: WeightGradientQueue,
+) -> None:
+    """Compute the weight gradients of a piece of work again, bit for bit, without those of rows.
+
+    Args:
+        value: float[tokens, hidden], contiguous, at a multiple of 64 bytes.
+        gradient: of what the expert made of them; as `value`.
+        queue: has a sink.
+    """
+    gate_up, down = matrices
+    with torch.no_grad():
+        wide = torch.mm(value, gate_up.t())
+        gated, by_wide = value.new_empty(len(value), down.shape[1]), torch.empty_like(wide)
+        halves = (*wide.chunk(2, -1), *by_wide.chunk(2, -1))
+        _gate_backward(torch.mm(gradient, down), gated, *halves)
+    queue.put(gate_up, (by_wide,), value, piece.marks)
+    queue.put(down, (gradient,), gated, piece.marks)
+
+
 def _gate_backward(
     gradient: Tensor, gated: Tensor, gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor
 ) -> None:

@@ -26,6 +26,9 @@ from .parameters import (
 )
 from .slices import (
     GradientMark as GradientMark,
+    LostGradient as LostGradient,
+    SharePlace as SharePlace,
+    SliceKey as SliceKey,
     Slices as Slices,
     slices_of as slices_of,
 )

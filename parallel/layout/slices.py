@@ -23,6 +23,29 @@ class GradientMark(NamedTuple):
     """None: the one whose gradients are being computed."""
 
 
+SliceKey = tuple[int, int]
+"""A micro-batch, and a slice of it."""
+
+
+class SharePlace(NamedTuple):
+    """Which of the equal shares of a slice's tokens a rank has."""
+
+    place: int
+    shares: int
+
+
+class LostGradient(NamedTuple):
+    """A gradient of an expert's matrices from a slice, which no rank's sums include any more."""
+
+    layer: int
+    key: SliceKey
+    expert: int
+    sources: tuple[int, ...]
+    """The members of the expert's team that have the slice's tokens, in the order of these."""
+    host: int
+    """The member that adds it to its sums."""
+
+
 @dataclass(frozen=True)
 class Slices:
     """The slices of each sequence of a micro-batch, and those that this rank computes."""

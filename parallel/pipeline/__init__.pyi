@@ -8,6 +8,11 @@ from .executor import (
     MessageShape as MessageShape,
     receive_order as receive_order,
 )
+from .expert_inputs import (
+    ExpertInput as ExpertInput,
+    ExpertInputs as ExpertInputs,
+    PassageInputs as PassageInputs,
+)
 from .expert_team import (
     ExpertTeam as ExpertTeam,
     LayerHosts as LayerHosts,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from holdfast.parallel.comm import Communicator
+from holdfast.parallel.layout import SharePlace
+from holdfast.parallel.pipeline.expert_inputs import ExpertInputs
 
 LayerHosts = tuple[tuple[int, ...], ...]
 """By expert of a layer, the members of a team that have it, ascending; one at least."""
@@ -27,6 +29,14 @@ class ExpertTeam:
     joins: bool = False
     """Whether an expert computes all tokens that are there as one matrix, and not slice by slice:
     faster, with other bits in every layout."""
+    inputs: ExpertInputs | None = None
+    """What is kept of this rank's tokens for the length of a step; None: nothing."""
+
+    @property
+    def share(self) -> SharePlace:
+        """Which share of the tokens of its slices this rank has."""
+        source = self.sources[self.index]
+        return SharePlace(self.sources[: self.index].count(source), self.sources.count(source))
 
     @property
     def index(self) -> int:

@@ -165,6 +165,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
         "rank_memory_gib": _GIB,
         "straggler_every": _STEPS,
+        "expert_inputs_gib": _GIB,
         "expert_steps": Range(1, _COUNT),
         "straggler_factor": Range(1, 1e6, is_open=True),
     },

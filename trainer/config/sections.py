@@ -334,6 +334,9 @@ class ElasticConfig(Section, frozen=True):
     rank_memory_gib: float = 0.0
     """The memory that a rank of a smaller stage replica may use; 0: its GPU's, or an equal share of
     its machine's."""
+    expert_inputs_gib: float = 4.0
+    """The host memory in which a rank keeps what its tokens bring to experts, for the length of a
+    step; 0: none."""
     expert_steps: int = 20
     """With parallel.expert_replicas = "auto": the steps in a row whose loads ask for other copies
     of experts, before these move."""

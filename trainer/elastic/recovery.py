@@ -257,7 +257,7 @@ class Recovery:
         with self.training.busy("prepare") if self.training is not None else nullcontext():
             self._finish_step(recovery)
             if self.training is not None and self._rank not in recovery.included:
-                self.training.accumulator.release()  # the next plan's state takes its place
+                self.training.release()  # the next plan's state takes its place
             store = drives.membership.store()
             transition = plan_transition(
                 generation,
@@ -330,6 +330,7 @@ class Recovery:
             filled=progress.filled,
             outcome=progress.outcome,
             included=training.included(),
+            inputs=training.kept_inputs(),
             connected=connected,
             memory=memory,
             trusted=self.sound_until is None,

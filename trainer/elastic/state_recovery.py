@@ -36,6 +36,7 @@ from holdfast.trainer.step import (
     Training,
     hosted_experts,
     included_after_change,
+    inputs_after_change,
     keeps_sums,
     state_format,
 )
@@ -168,7 +169,8 @@ def _take_step(training: Training, transition: Transition, active: Training | No
     if included:
         rank = training.rank
         kept = rank in recovery.included and keeps_sums(before, after, rank, recovery.fresh)
-        training.resume_step(recovery.steps, included, active if kept else None)
+        inputs = inputs_after_change(before, after, recovery.inputs, recovery.fresh)
+        training.resume_step(recovery.steps, included, active if kept else None, inputs)
 
 
 def fill_shadows(training: Training, members: Communicator, node_of: Mapping[int, str]) -> int:

@@ -15,8 +15,11 @@ from holdfast.trainer.step import (
     DeviceMemory,
     Included,
     Outcome,
+    RankInputs,
     included_from_data,
     included_to_data,
+    inputs_from_data,
+    inputs_to_data,
 )
 
 
@@ -45,6 +48,8 @@ class WorkerStatus:
     """The outcome of the last vote."""
     included: Included = field(default_factory=dict)
     """The micro-batches that its sums include of the step after the last decided one."""
+    inputs: RankInputs = field(default_factory=dict)
+    """What it has kept of that step's inputs of experts."""
     operations: Sequence[str] = ()
     """Its last operations, for a reader of the incident."""
     connected: bool = True
@@ -62,6 +67,7 @@ def status_to_data(status: WorkerStatus) -> dict[str, Any]:
     """The status as JSON values; floats keep all their bits."""
     plain = {_KEYS.get(name, name): getattr(status, name) for name in WorkerStatus.__slots__}
     plain["counted"] = included_to_data(status.included)
+    plain["inputs"] = inputs_to_data(status.inputs)
     outcome = status.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
@@ -80,6 +86,7 @@ def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
     try:
         fields = dict(plain) | {name: plain[key] for name, key in _KEYS.items()}
         fields["included"] = included_from_data(fields["included"])
+        fields["inputs"] = inputs_from_data(fields["inputs"])
         outcome = fields.get("outcome")
         if outcome is not None:
             numbers = {key: float.fromhex(outcome[key]) for key in ("loss", "grad_norm")}
@@ -94,7 +101,10 @@ def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPlan:
-    """The conclusion of all members from their statuses."""
+    """The conclusion of all members from their statuses.
+
+    It is one value because every field follows from all statuses.
+    """
 
     active: int
     """The newest plan that is active anywhere, by its generation; 0: no rank has state."""
@@ -121,6 +131,8 @@ class RecoveryPlan:
     """The memory that any member has at least; 0: not known."""
     included: Mapping[int, Included] = field(default_factory=dict)
     """By holder, the micro-batches that its sums include of the next step."""
+    inputs: Mapping[int, RankInputs] = field(default_factory=dict)
+    """By holder of `included`, what it has kept of that step's inputs of experts."""
 
     @property
     def repeats_step(self) -> bool:
@@ -148,6 +160,11 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
     furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))
     outcome = furthest.outcome
     behind = furthest.updated < furthest.decided
+    in_step = {
+        rank: s
+        for rank, s in sorted(holders.items())
+        if s.included and s.decided == furthest.decided
+    }
     return RecoveryPlan(
         active=active,
         holders=tuple(sorted(holders)),
@@ -161,11 +178,8 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),
         rank_bytes=_least_memory(generation, statuses),
-        included={
-            rank: s.included
-            for rank, s in sorted(holders.items())
-            if s.included and s.decided == furthest.decided
-        },
+        included={rank: s.included for rank, s in in_step.items()},
+        inputs={rank: s.inputs for rank, s in in_step.items() if s.inputs},
     )
 
 

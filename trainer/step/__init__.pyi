@@ -25,9 +25,13 @@ from .learning_rate import (
 )
 from .partial_sums import (
     Included as Included,
+    RankInputs as RankInputs,
     included_after_change as included_after_change,
     included_from_data as included_from_data,
     included_to_data as included_to_data,
+    inputs_after_change as inputs_after_change,
+    inputs_from_data as inputs_from_data,
+    inputs_to_data as inputs_to_data,
     keeps_sums as keeps_sums,
 )
 from .planning import (

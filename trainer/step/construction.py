@@ -30,6 +30,7 @@ from holdfast.parallel.optimizer import (
 from holdfast.parallel.pipeline import (
     Chunk,
     Executor,
+    ExpertInputs,
     ExpertTeam,
     MessageShape,
     MicroBatchContext,
@@ -65,7 +66,11 @@ class ModelParts:
     """The memory of each layer's parameters, if replicas share these; else they lie in `buffer`."""
 
     def offers(
-        self, program: Program, parts: Sequence[int], hosted: int | None = None
+        self,
+        program: Program,
+        parts: Sequence[int],
+        hosted: int | None = None,
+        lost: Mapping[tuple[int, int | None], int] | None = None,
     ) -> dict[nn.Parameter, int]:
         """The number of gradients that each parameter is offered by a program. Pure.
 
@@ -73,7 +78,9 @@ class ModelParts:
             parts: the parts of the parameters that the rank holds.
             hosted: the micro-batches of the rank's team, for which its experts work; None: they
                 work for those of the program.
+            lost: by layer and expert, the gradients that come apart from the program.
         """
+        apart = lost or {}
         ends = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
         # Every stretch of a micro-batch goes backward, and all of them have its slices.
         backwards = Counter(
@@ -83,7 +90,7 @@ class ModelParts:
         )
         slices = self.accumulator.slices
         return {
-            parameter: hosted * slices.count
+            parameter: hosted * slices.count + apart.get((row.layer, row.spec.expert), 0)
             if hosted is not None and row.spec.expert is not None
             else backwards[index] * len(slices.own) * len(contributing_parts(row, parts))
             for index, chunk in self.chunks.items()
@@ -147,8 +154,14 @@ def hosted_experts(plan: Plan, rank: int) -> dict[int, tuple[int, ...]] | None:
     return {layer: plan.experts_of(rank, layer) for layer in plan.layers_at(rank)}
 
 
-def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> ExpertTeam | None:
-    """The ranks among which a rank's tokens go to experts; None: those of its tensor group."""
+def expert_team(
+    config: RunConfig, plan: Plan, rank: int, groups: Groups, before: ExpertTeam | None
+) -> ExpertTeam | None:
+    """The ranks among which a rank's tokens go to experts; None: those of its tensor group.
+
+    Args:
+        before: the team of the plan before, whose inputs of experts are carried over.
+    """
     if not plan.spreads_experts or plan.stage_replicas.find(rank) is None:
         return None
     ranks = plan.team_of_rank(rank)
@@ -170,7 +183,11 @@ def expert_team(config: RunConfig, plan: Plan, rank: int, groups: Groups) -> Exp
     group = groups["experts"] if len(ranks) > 1 else None
     most = max(slices) // plan.stretches
     joins = config.numerics.reduction == "fast"
-    return ExpertTeam(group, tuple(numbers[source] for source in replicas), hosts, most, joins)
+    sources = tuple(numbers[source] for source in replicas)
+    inputs = None if before is None else before.inputs
+    if inputs is None and config.elastic.enabled and not shards(plan, "gradients"):
+        inputs = ExpertInputs(int(config.elastic.expert_inputs_gib * 2**30))
+    return ExpertTeam(group, sources, hosts, most, joins, inputs)
 
 
 def context_parallel(config: RunConfig, groups: Groups) -> ContextParallel:

@@ -5,14 +5,14 @@ An interrupted step is resumed: parameters whose sums include a micro-batch skip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from holdfast.parallel.layout import contributing_parts
+from holdfast.parallel.layout import LostGradient, Slices, contributing_parts
 from holdfast.parallel.optimizer import Segment
-from holdfast.parallel.pipeline import TokensKey
+from holdfast.parallel.pipeline import ExpertInputs, ExpertTeam, TokensKey
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.step.ballot import Losses, SliceLosses, by_slice
@@ -21,8 +21,10 @@ from holdfast.trainer.step.notes import Notes
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
+    Inputs,
     InterruptedStep,
     ParameterKey,
+    RankInputs,
 )
 
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
@@ -38,16 +40,19 @@ class StepInFlight:
         model: ModelParts,
         program: Iterable[Action],
         step: int,
+        team: ExpertTeam | None = None,
     ) -> None:
         """Nothing is computed yet.
 
         Args:
             program: this rank's actions of a whole step.
             step: the next step, counted from 0, or the one interrupted under the plan before.
+            team: keeps what this rank's tokens bring to experts; None: nothing does.
         """
         self.step = step
         self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
-        self._parts, self._slices = plan.parts_of(rank), model.accumulator.slices
+        self._rank = rank
+        self._team = team
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: SliceLosses = {}
         """The loss sums of an interrupted step that this rank reports again."""
@@ -57,6 +62,14 @@ class StepInFlight:
         self._half = max(1, sum(action.op in _BACKWARDS for action in program) // 2)
         self._at_half: Callable[[], None] = lambda: None
 
+    @property
+    def _slices(self) -> Slices:
+        return self._accumulator.slices
+
+    @property
+    def _inputs(self) -> ExpertInputs | None:
+        return None if self._team is None else self._team.inputs
+
     def begin(self, step: int, at_half: Callable[[], None]) -> bool:
         """Begin `step`. Returns whether it is an interrupted step whose sums continue.
 
@@ -64,6 +77,8 @@ class StepInFlight:
             at_half: called when half of a whole step's backward passes have begun.
         """
         self.step, self._backwards, self._at_half = step, 0, at_half
+        if self._inputs is not None:
+            self._inputs.begin(step)
         if self._interrupted.step == step:
             self._accumulator.skip(self._skipped())
             return True
@@ -72,16 +87,33 @@ class StepInFlight:
         self._accumulator.clear()
         return False
 
-    def resume(self, step: int, included: Included, before: StepInFlight | None) -> None:
-        """Have only the micro-batches missing in `included` computed when `step` begins.
+    def release(self) -> None:
+        """Free the memory of the sums and of inputs until `begin`, and forget them."""
+        self._accumulator.release()
+        self._forget_inputs()
+
+    def _forget_inputs(self) -> None:
+        if self._inputs is not None:
+            self._inputs.clear()
+
+    def resume(
+        self,
+        step: int,
+        included: Included,
+        before: StepInFlight | None,
+        inputs: Mapping[int, Inputs] | None = None,
+    ) -> None:
+        """Have only what is missing in `included` computed when `step` begins.
 
         Args:
             before: this rank's interrupted step, whose parts of the parameters this one has as
                 well; None if its sums are no longer valid.
+            inputs: those from which lost gradients of experts are computed; see `InterruptedStep`.
         """
-        self._interrupted = InterruptedStep(step, included, self._slices.count)
+        self._interrupted = InterruptedStep(step, included, self._slices.count, inputs or {})
         if before is None:
             self._accumulator.clear()
+            self._forget_inputs()
             return
         self._own_losses, self._own_notes = before._own_losses, before._own_notes
         if before._accumulator is not self._accumulator:
@@ -105,6 +137,10 @@ class StepInFlight:
             return frozenset(range(micro_batches))
         return self._interrupted.missing(self._plan, micro_batches)
 
+    def lost_gradients(self, micro_batches: int) -> list[LostGradient]:
+        """The gradients of experts that this rank's team computes from inputs in this step."""
+        return self._interrupted.lost_gradients(self._plan, self._rank, micro_batches)
+
     def before_gradients(self, micro_batch: int) -> None:
         """Note that a micro-batch's gradients follow."""
         self._backwards += 1
@@ -127,7 +163,7 @@ class StepInFlight:
 
     def _keys(self, segment: Segment) -> list[ParameterKey]:
         """A segment's row, in each part that gives it a gradient."""
-        parts = contributing_parts(segment.row, self._parts)
+        parts = contributing_parts(segment.row, self._plan.parts_of(self._rank))
         return [(part, segment.layer, segment.row.index) for part in parts]
 
     def included(self, losses: Losses | None, notes: Notes | None = None) -> Included:
@@ -163,6 +199,16 @@ class StepInFlight:
             )
         )
         return included
+
+    def kept_inputs(self) -> RankInputs:
+        """The units whose inputs of experts, of all layers here, are kept."""
+        if self._team is None or self._team.inputs is None:
+            return {}
+        count, layers = self._slices.count, sum(map(bool, self._team.hosts.values()))
+        return {
+            share: [micro_batch * count + number for micro_batch, number in keys]
+            for share, keys in self._team.inputs.whole(self.step, layers).items()
+        }
 
     def reported_notes(self, notes: Notes) -> Notes:
         """The notes of layers that only this rank reports."""

@@ -6,14 +6,19 @@ includes one already skips it (ReCoVer, 2026, also keeps micro-batch gradients).
 parameter, not the layer: the ranks of a tensor group may be interrupted at different points of one
 backward pass. Of a parameter the unit is a slice of a micro-batch: slice q of micro-batch m has the
 number m times the slices of a sequence + q.
+
+The sums of experts have gradients of all ranks of their team, and would be lost for all of it. What
+tokens brought to their experts is kept for the step, so these gradients alone are computed again
+where the tokens' ranks are left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast.parallel.layout import LostGradient, SharePlace
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.reading import Count, of_kind
 
@@ -23,6 +28,10 @@ Included = Mapping[ParameterKey, frozenset[int]]
 """The units in the sums of each parameter, of one rank or of all that have it together.
 
 Sums of rows that parts share have the units of each of these parts."""
+Inputs = Mapping[int, tuple[int, ...]]
+"""The ranks that have kept what a unit brought to experts, in the order of its tokens."""
+RankInputs = Mapping[SharePlace, Collection[int]]
+"""The units whose inputs of experts a rank has kept, by its share of their tokens."""
 _AsData = list[tuple[Count, Count, list[Count], list[Count]]]
 
 
@@ -35,16 +44,55 @@ class InterruptedStep:
     included: Included
     slices: int = 1
     """The slices of a sequence."""
+    inputs: Mapping[int, Inputs] = field(default_factory=dict)
+    """By stage, the units of which a team has kept all inputs of experts."""
 
     def missing(self, plan: Plan, micro_batches: int) -> frozenset[int]:
-        """The micro-batches of which some parameter lacks a slice."""
+        """The micro-batches to compute: some parameter lacks a slice that no inputs give."""
         units = frozenset(range(micro_batches * self.slices))
         done = units
         for layer, spec in enumerate(plan.layers):
+            kept = frozenset(self.inputs.get(plan.stage_of_layer(layer), ()))
             for part, rows in enumerate(spec.parameters):
-                for row in range(len(rows)):
-                    done &= self.included.get((part, layer, row), frozenset())
+                for row, of_row in enumerate(rows):
+                    found = self.included.get((part, layer, row), frozenset())
+                    done &= found if of_row.expert is None else found | kept
         return frozenset(unit // self.slices for unit in units - done)
+
+    def lost_gradients(self, plan: Plan, rank: int, micro_batches: int) -> list[LostGradient]:
+        """The gradients of experts that the rank's team computes again from inputs.
+
+        Equal on all ranks of a team. Of an expert with several hosts, units go to these in turn.
+        """
+        place = plan.stage_replicas.find(rank)
+        inputs = {} if place is None else self.inputs.get(place.pipeline, {})
+        if not inputs:
+            return []
+        repeated = self.missing(plan, micro_batches)
+        members = {member: index for index, member in enumerate(plan.team_of_rank(rank))}
+        here = {
+            unit: tuple(members[source] for source in sources)
+            for unit, sources in sorted(inputs.items())
+            if unit // self.slices not in repeated and members.keys() >= set(sources)
+        }
+        found: list[LostGradient] = []
+        for layer in plan.layers_at(rank):
+            hosts, of_layer = plan.hosts(layer), list[LostGradient]()
+            for expert, rows in _experts(plan, layer).items():
+                within = [members[host] for host in hosts[expert] if host in members]
+                added = (self.included.get(row, frozenset()) for row in rows)
+                of_layer += [
+                    LostGradient(
+                        layer,
+                        divmod(unit, self.slices),
+                        expert,
+                        here[unit],
+                        within[unit % len(within)],
+                    )
+                    for unit in here.keys() - frozenset.intersection(*added)
+                ]
+            found += sorted(of_layer)
+        return found
 
     def slices_in(self, key: ParameterKey, micro_batch: int) -> frozenset[int]:
         """The slices of a micro-batch that a parameter's sums include already."""
@@ -91,6 +139,59 @@ def included_after_change(
             for key, numbers in rows.items():
                 found[key] = found.get(key, frozenset()) | numbers
     return found
+
+
+def inputs_after_change(
+    plan: Plan, following: Plan, inputs: Mapping[int, RankInputs], fresh: frozenset[int]
+) -> Mapping[int, Inputs]:
+    """By stage, the units of which a team of the next plan has kept all inputs of experts.
+
+    Args:
+        inputs: by rank, for the ranks that were in the same step.
+        fresh: as for `keeps_sums`.
+    """
+    shares: dict[tuple[int, tuple[int, ...], int, int], dict[int, int]] = {}
+    for rank, of_rank in sorted(inputs.items()):
+        if keeps_sums(plan, following, rank, fresh):
+            stage = following.stage_replicas.coordinates(rank).pipeline
+            team = following.team_of_rank(rank)
+            for (place, count), units in of_rank.items():
+                for unit in units:
+                    found = shares.setdefault((stage, team, count, unit), {})
+                    found.setdefault(place, rank)
+    whole: dict[int, dict[int, tuple[int, ...]]] = {}
+    for (stage, _, count, unit), found in shares.items():
+        if len(found) == count:
+            sources = tuple(rank for _, rank in sorted(found.items()))
+            whole.setdefault(stage, {}).setdefault(unit, sources)
+    return whole
+
+
+def _experts(plan: Plan, layer: int) -> dict[int, list[ParameterKey]]:
+    """The rows of each expert of a layer."""
+    found: dict[int, list[ParameterKey]] = {}
+    for part, rows in enumerate(plan.layers[layer].parameters):
+        for row, spec in enumerate(rows):
+            if spec.expert is not None:
+                found.setdefault(spec.expert, []).append((part, layer, row))
+    return found
+
+
+def inputs_to_data(inputs: RankInputs) -> list[tuple[int, int, list[int]]]:
+    """JSON values: which share of how many, and the units."""
+    return [(place, count, sorted(units)) for (place, count), units in sorted(inputs.items())]
+
+
+def inputs_from_data(plain: Any) -> dict[SharePlace, frozenset[int]]:
+    """The inverse of `inputs_to_data`.
+
+    Raises:
+        ValueError: it is not what that returns.
+    """
+    return {
+        SharePlace(place, count): frozenset(units)
+        for place, count, units in of_kind(plain, list[tuple[Count, Count, list[Count]]])
+    }
 
 
 def included_to_data(included: Included) -> list[tuple[int, int, list[int], list[int]]]:

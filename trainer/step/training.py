@@ -6,7 +6,8 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
-from holdfast.parallel.layout import Slices
+from holdfast.parallel.expert_parallel import add_lost_gradients
+from holdfast.parallel.layout import LostGradient, Slices
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     BackgroundTransfer,
@@ -72,7 +74,7 @@ from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.notes import Logits, by_layer, largest_of, packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
-from holdfast.trainer.step.partial_sums import Included
+from holdfast.trainer.step.partial_sums import Included, Inputs, RankInputs
 from holdfast.trainer.step.progress import (
     NO_REQUESTS,
     AtPhase,
@@ -136,9 +138,10 @@ class Training:
         self._program = prepared(rank, lambda other: training_program(plan, other))
         self._part: tuple[frozenset[int], PreparedProgram] | None = None
         """The program of steps with a smaller batch, by their micro-batches."""
-        self._in_flight = StepInFlight(
-            plan, rank, self.model, self._program[0], self.progress.decided
-        )
+        team = None if before is None else before._team
+        self._team = expert_team(config, plan, rank, groups, team)
+        begun = self.progress.decided
+        self._in_flight = StepInFlight(plan, rank, self.model, self._program[0], begun, self._team)
         last = len(plan.placement) - 1
         self._micro_batches = MicroBatches(
             config,
@@ -147,7 +150,7 @@ class Training:
             self.model.accumulator.slices,
             reads=reads_batches(config, self.model.chunks, last),
             recorder=groups.recorder,
-            experts=expert_team(config, plan, rank, groups),
+            experts=self._team,
         )
         self._runners = new_runners(
             self.model,
@@ -158,7 +161,7 @@ class Training:
         self.executor = new_executor(
             config, self._runners, plan, rank, groups, device, self.offloader
         )
-        self._start(self.progress.decided, self.data, training=True)
+        self._start(begun, self.data, training=True)
 
     def _new_offloader(self) -> Offloader | None:
         # Of the training, which later plans do not keep, it holds nothing.
@@ -283,24 +286,35 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        only = self._only_of(step)
+        only, lost = self._only_of(step), []
         program = self._program if only is None else self._part_of(only)
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
             program = self._rest_of(step)
-        offers = self._offers(program[0], only)
+            lost = self._in_flight.lost_gradients(self._micro_batches_of(step))
+        offers = self._offers(program[0], only, lost)
         program_of = partial(training_program, self.plan, only=only)
         self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"), only)
         with self._layers_of(program_of, lambda: at(step + 1, "prefetch"), only):
             try:
+                if self._team is not None:
+                    add_lost_gradients(lost, self.chunks, self._team)
                 return self.executor.run(*program)
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
 
-    def _offers(self, program: Program, only: frozenset[int] | None) -> dict[nn.Parameter, int]:
-        """The number of gradients that each parameter is offered by a program."""
+    def _offers(
+        self,
+        program: Program,
+        only: frozenset[int] | None,
+        lost: Sequence[LostGradient] = (),
+    ) -> dict[nn.Parameter, int]:
+        """The number of gradients that each parameter is offered by a program, and of lost ones."""
         hosted = team_micro_batches(self.plan, self.rank, only)
-        return self.model.offers(program, self.plan.parts_of(self.rank), hosted)
+        own = self._team and self._team.index
+        here = ((piece.layer, piece.expert) for piece in lost if piece.host == own)
+        apart = Counter[tuple[int, int | None]](here)
+        return self.model.offers(program, self.plan.parts_of(self.rank), hosted, apart)
 
     @contextmanager
     def _layers_of(
@@ -319,7 +333,7 @@ class Training:
 
     def _only_of(self, step: int) -> frozenset[int] | None:
         """The micro-batches of a step with a smaller batch than the others; None: it has all."""
-        count = self.config.train.batch_of(step) // self.config.train.micro_batch
+        count = self._micro_batches_of(step)
         return None if count == self.step_micro_batches else frozenset(range(count))
 
     def _part_of(self, only: frozenset[int]) -> PreparedProgram:
@@ -363,8 +377,10 @@ class Training:
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches of `step` that some rank's sums lack when it begins."""
-        train = self.config.train
-        return self._in_flight.missing(step, train.batch_of(step) // train.micro_batch)
+        return self._in_flight.missing(step, self._micro_batches_of(step))
+
+    def _micro_batches_of(self, step: int) -> int:
+        return self.config.train.batch_of(step) // self.config.train.micro_batch
 
     def included(self) -> Included:
         """After an interrupted step, the micro-batches in each parameter's sums here. Local.
@@ -384,13 +400,29 @@ class Training:
         """The units in each parameter's sums here; what was noted of them is kept."""
         return self._in_flight.included(self._last_losses, self._micro_batches.notes)
 
-    def resume_step(self, step: int, included: Included, before: Training | None) -> None:
-        """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
+    def kept_inputs(self) -> RankInputs:
+        """After an interrupted step, what is kept of its inputs of experts. Local."""
+        return self._in_flight.kept_inputs()
+
+    def resume_step(
+        self,
+        step: int,
+        included: Included,
+        before: Training | None,
+        inputs: Mapping[int, Inputs] | None = None,
+    ) -> None:
+        """Compute only what is missing in `included` when `step` is computed next. Local.
 
         Args:
             before: this rank's interrupted training; None if its sums are not valid.
+            inputs: as of `inputs_after_change`.
         """
-        self._in_flight.resume(step, included, None if before is None else before._in_flight)
+        interrupted = None if before is None else before._in_flight
+        self._in_flight.resume(step, included, interrupted, inputs)
+
+    def release(self) -> None:
+        """Free the memory of what the next step begins without, until it begins. Local."""
+        self._in_flight.release()
 
     def reduce(self) -> tuple[Tensor, int]:
         """B: add every block's sum at its owner and send it to its shadows. Collective over these.

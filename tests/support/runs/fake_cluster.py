@@ -82,11 +82,15 @@ class FakeTraining:
         """Of updates that recovery asked for."""
         self.optimizer = SimpleNamespace(step=progress.updated)
         self.groups = SimpleNamespace(history=lambda: ())
-        self.accumulator = SimpleNamespace(release=lambda: None)
         self.background_transfer: Any = None
 
     def included(self) -> dict[Any, Any]:
         return {}
+
+    def kept_inputs(self) -> dict[Any, Any]:
+        return {}
+
+    def release(self) -> None: ...
 
     @property
     def has_all_parameters(self) -> bool:

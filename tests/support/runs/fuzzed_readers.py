@@ -28,6 +28,7 @@ from holdfast.launch.launchers.join_file import JoinInfo, is_under_way
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, parse_record
 from holdfast.parallel.errors import ConfigError, MembershipError
 from holdfast.parallel.files import write_own_file
+from holdfast.parallel.layout import SharePlace
 from holdfast.parallel.output import rising_steps, set_foreign_lines_aside
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
 from holdfast.parallel.reading import parse_json
@@ -82,7 +83,16 @@ def _messages() -> dict[str, Reader]:
     )
     event = MembershipEvent("waiting", replaced, "a cause", 1.5, "a", 4, "0-1,3.2")
     outcome = Outcome(2.5, 1.0, 0, 0)
-    status = WorkerStatus(3, 4, 7, 6, 5, outcome=outcome, included={(0, 2, 1): frozenset({0, 3})})
+    status = WorkerStatus(
+        3,
+        4,
+        7,
+        6,
+        5,
+        outcome=outcome,
+        included={(0, 2, 1): frozenset({0, 3})},
+        inputs={SharePlace(1, 2): [0, 3]},
+    )
     plan = first_plan()
     return {
         "report": Reader(

@@ -111,6 +111,54 @@ def test_three_of_eight_ranks_that_have_experts_alone_are_lost(
     assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
 
 
+ONE_REPLICA_LESS: dict[str, Any] = {"respawn": False, "local_nodes": 4}
+
+
+@pytest.mark.parametrize(
+    ("sections", "parallel", "elastic", "recomputed"),
+    [
+        # Each rank has 2 of 8 micro-batches, and 4 of 16 experts alone.
+        ({}, {"data": 4, "expert": 4}, {}, 2),
+        ({}, {"data": 4, "expert": 4}, {"expert_inputs_gib": 0}, 8),
+        # Room for one micro-batch of a rank: 4 KiB of tokens, and of gradients, in two layers.
+        ({}, {"data": 4, "expert": 4}, {"expert_inputs_gib": 24 * 2**-20}, 5),
+        # A slice's tokens lie on two ranks; a replica that loses one of them computes anew.
+        ({}, {"data": 2, "tensor": 2, "expert": 4}, {}, 4),
+        (
+            {"train": {"context_chunks": 2, "recompute": "full", "precision": "bf16"}},
+            {"data": 2, "context": 2, "expert": 4, "schedule": "zb-h1"},
+            {},
+            4,
+        ),
+        # Of two copies, one rank has lost the gradients of those that it worked for.
+        ({}, {"data": 4, "expert": 4, "expert_replicas": 2}, {}, 2),
+    ],
+    ids=["alone", "nothing kept", "some kept", "tensor ranks", "slices in bf16", "two copies"],
+)
+def test_lost_gradients_of_experts_are_computed_from_what_these_were_sent(
+    start: Starter,
+    cluster: Cluster,
+    sections: dict[str, Any],
+    parallel: dict[str, Any],
+    elastic: dict[str, Any],
+    recomputed: int,
+) -> None:
+    """A rank dies when all micro-batches are done: only those of its replica are done again."""
+    model = {**SPREAD, "train": SPREAD["train"] | sections.get("train", {})}
+    expected = bits_of(run_training(cluster, make_config(**model)))
+    chaos = [fault("kill", 3, 3, "reduce")]
+    run = start(
+        **model,
+        parallel=parallel,
+        elastic=pace(ONE_REPLICA_LESS | elastic | {"chaos": chaos}, 0.1),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    [event] = run.events("recovered")
+    assert event["recomputed_micro_batches"] == recomputed
+    assert event["from_checkpoint"] is None
+
+
 def test_a_rank_whose_expert_matrices_muon_updates_is_lost(
     start: Starter, cluster: Cluster
 ) -> None:

@@ -15,7 +15,6 @@ sys.path.insert(0, os.path.dirname(__file__))
 from holdfast.parallel.plan import rank_memory
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.build import open_training
-from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.step.saved_tensors import state_format
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds.world import local_world
@@ -30,7 +29,7 @@ def train(config: RunConfig, training: Training) -> None:
     for step in range(STEPS):
         training.compute(step)
         training.vote(*training.reduce())
-        training.apply(rate_of(config, step))
+        training.apply(config.rate_of(step))
     training.finish_gather()
 
 

@@ -32,7 +32,6 @@ from harness import machine
 from holdfast.parallel.optimizer import GradientAccumulator, ParameterBuffer
 from holdfast.trainer.config import RunConfig, convert_config
 from holdfast.trainer.step.build import open_training
-from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.worlds.world import local_world
 
 STEPS = (1, 20, 100)
@@ -146,7 +145,7 @@ def train(arguments: argparse.Namespace, config: RunConfig) -> dict[int, Any]:
         if step + 1 in STEPS:
             found[step + 1] = measured(training.accumulator, training.parameter_buffer)
         outcome = training.vote(*training.reduce())
-        training.apply(rate_of(config, step))
+        training.apply(config.rate_of(step))
         if step + 1 in STEPS:
             told = f"step {step + 1}: loss {outcome.loss:.3f}, norm {outcome.grad_norm:.3f}"
             print(told, flush=True)

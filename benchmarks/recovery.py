@@ -16,7 +16,8 @@ the longest of the three gaps that follow it (fault to next commit, then from co
 less the median time of a step: so that a step that was as good as done when the fault came does not
 count as recovery.
 
-    [RECOVERY_HIDDEN=96] python benchmarks/recovery.py [--faults 8] [--json out.json]
+    [RECOVERY_HIDDEN=96] [RECOVERY_SEQ_LEN=128] python benchmarks/recovery.py
+        [--faults 8] [--json out.json]
 """
 
 from __future__ import annotations

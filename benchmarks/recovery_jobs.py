@@ -37,7 +37,8 @@ EXPERTS = {
     "intermediate": MODEL["intermediate"] // 2,
 }
 """As much work for a token."""
-SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 128, 2, 8
+SEQ_LEN = int(os.environ.get("RECOVERY_SEQ_LEN", "128"))
+MICRO_BATCH, MICRO_BATCHES = 2, 8
 UNDISTURBED_STEPS = 5
 LONGEST_S = 90.0
 

@@ -33,7 +33,6 @@ from holdfast.trainer.step import (
     evaluates_after,
     no_hook,
     open_training,
-    rate_of,
 )
 from holdfast.trainer.worlds import WorldInfo
 
@@ -156,7 +155,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     """
     training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
     config = training.config
-    lr = rate_of(config, step)
+    lr = config.rate_of(step)
     training.groups.recorder.note_step(step + 1)
     timer = StepTimer(parts, step)
     with timer.phase("compute"):

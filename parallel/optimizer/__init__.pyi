@@ -22,7 +22,6 @@ from .owned_state import (
     OwnedState as OwnedState,
 )
 from .parameter_buffer import (
-    KeptSpans as KeptSpans,
     ParameterBuffer as ParameterBuffer,
     Segment as Segment,
 )
@@ -53,6 +52,9 @@ from .sharded import (
 from .sharding import (
     LayerParameters as LayerParameters,
     kept_spans as kept_spans,
+)
+from .spans import (
+    KeptSpans as KeptSpans,
 )
 from .state_transfer import (
     move_blocks as move_blocks,

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.layout import GradientMark, Slices
+from holdfast.parallel.optimizer.flat_values import FlatValues, Piece
 from holdfast.parallel.optimizer.kernels import (
     NONFINITE as NONFINITE,
     OUT_OF_RANGE as OUT_OF_RANGE,
     operations_of,
 )
-from holdfast.parallel.optimizer.parameter_buffer import (
-    KeptSpans,
-    ParameterBuffer,
-    Segment,
-    Span,
-)
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
+from holdfast.parallel.optimizer.spans import KeptSpans, Span
 from holdfast.parallel.precision import precision_of
 
 
@@ -55,7 +52,7 @@ def _keep_whole(micro_batch: int, parameter: nn.Parameter, gradient: Tensor) -> 
 
 
 class GradientAccumulator:
-    """The `GradientSink` of one rank: a flat tensor of the sums that the rank keeps.
+    """The `GradientSink` of one rank: flat tensors of the sums that the rank keeps.
 
     `exact` selects the arithmetic; see the module's docstring. Local. Its attributes are the sums
     and their views, the arithmetic, and what the running step has brought and still brings.
@@ -84,17 +81,16 @@ class GradientAccumulator:
         self.slices = slices or Slices()
         self.fraction_bits = fraction_bits
         self._buffer = buffer
-        values = buffer.values
-        dtype = torch.int64 if exact else precision_of(values.dtype).state.dtype
-        self.sums: Tensor = torch.zeros(0, dtype=dtype, device=values.device)
-        """The sums of what is kept."""
+        dtype = torch.int64 if exact else precision_of(buffer.dtype).state.dtype
+        self.sums = FlatValues((), partial(torch.empty, dtype=dtype, device=buffer.device))
+        """The sums of what is kept, in the pieces of `buffer` if that is all."""
         self.kept = KeptSpans([])
         """What `sums` has of the index space of `buffer`."""
         self._shared: frozenset[nn.Parameter] = frozenset()
         """The parameters whose gradients go to the ranks that keep their sums."""
         self._share: Share = _keep_whole
-        self._flags = torch.zeros((), dtype=torch.int64, device=values.device)
-        self._operations = operations_of(values.device)
+        self._flags = torch.zeros((), dtype=torch.int64, device=buffer.device)
+        self._operations = operations_of(buffer.device)
         self._micro_batch = -1
         """The micro-batch whose gradients are being added."""
         self._skipped: Skipped = {}
@@ -103,7 +99,7 @@ class GradientAccumulator:
         self._left: dict[nn.Parameter, int] = {}
         """The number of gradients that a parameter is still offered in this step."""
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
-        self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
+        self._scratch = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
         self._empty: set[nn.Parameter] = set()
         """The parameters whose sums are zero, whatever stands in `sums`."""
         self._released = released
@@ -127,26 +123,43 @@ class GradientAccumulator:
             return  # what an interrupted step has summed stays
         self._shared = shared
         if kept != self.kept:
-            new = self.sums.new_empty if self._released else self.sums.new_zeros
-            self.kept, self.sums = kept, new(kept.elements)
-        own = [p for p in self._buffer.parameters if kept.elements and p not in shared]
-        self._views = {p: kept.of(self.sums, *self._buffer.place(p)).view(p.shape) for p in own}
-        self._empty = set(own)
-        largest = max((parameter.numel() for parameter in own), default=0)
+            self.kept = kept
+            self._lay_out(None)
+        else:
+            self._look_at_sums()
+        self._empty = set(self._views)
+        largest = max((parameter.numel() for parameter in self._views), default=0)
         self._scratch = self._scratch.new_empty(largest if self.exact else 0)
-        if self._released:
-            self.sums.untyped_storage().resize_(0)
+
+    def _lay_out(self, before: FlatValues | None) -> None:
+        """Make the sums that are kept: zeros, or without memory; whole pieces are those before."""
+        pieces = [Piece(None, self.kept)] if self.kept.elements else []
+        if self.kept == self._buffer.whole:
+            pieces = self._buffer.pieces
+        make = torch.empty if self._released else torch.zeros
+        make = partial(make, dtype=self.sums.dtype, device=self.sums.device)
+        self.sums = FlatValues(pieces, make, before)
+        self._look_at_sums()  # before their memory is freed
+        known = () if before is None else before.tensors
+        for values in self.sums.tensors if self._released else ():
+            if not any(values is other for other in known):
+                values.untyped_storage().resize_(0)
+
+    def _look_at_sums(self) -> None:
+        own = [p for p in self._buffer.parameters if self.kept.elements and p not in self._shared]
+        self._views = {p: self.part(*self._buffer.place(p)).view(p.shape) for p in own}
 
     def release(self) -> None:
         """Free the memory of the sums until `clear`, and forget what they include."""
         if not self._released:
             self.clear()
             self._released = True
-            self.sums.untyped_storage().resize_(0)
+            for values in self.sums.tensors:
+                values.untyped_storage().resize_(0)
 
     def part(self, start: int, stop: int) -> Tensor:
         """The kept sums [start, stop): a view of `sums`."""
-        return self.kept.of(self.sums, start, stop)
+        return self.sums.part(start, stop)
 
     def skip(self, skipped: Skipped) -> None:
         """Add the gradients `skipped` not again, until `clear`."""
@@ -160,8 +173,10 @@ class GradientAccumulator:
         """Clear all sums and flags at the start of a step; first gradients replace what is here."""
         if self._released:
             self._released = False
-            self.sums.untyped_storage().resize_(self.sums.nbytes)
-            self.sums.zero_()
+            for values in self.sums.tensors:
+                if not values.untyped_storage().nbytes():
+                    values.untyped_storage().resize_(values.nbytes)
+                    values.zero_()
         self._skipped = {}
         self._flags.zero_()
         self.included.clear()
@@ -174,21 +189,28 @@ class GradientAccumulator:
     ) -> None:
         """Take the sums of another accumulator of this rank, with what they include.
 
+        Whole pieces stay where they lie, and are those of both.
+
         Args:
             segments: a segment here, the same elements there, and the number here of a gradient
                 with a number there. All segments of a parameter are there, or none.
         """
+        if self.kept == self._buffer.whole and not other._released:
+            self._lay_out(other.sums)
         self.clear()
         self._flags.copy_(other._flags)
         for here, there, unit_of in segments:
             added = other.included.get(there.parameter)
             if not added:
                 continue
-            if self._is_first(here.parameter):
-                self._views[here.parameter].zero_()  # padding between segments included
             count = here.spec.elements
             sums = other.part(there.offset, there.offset + count)
-            self.part(here.offset, here.offset + count).copy_(sums)
+            target = self.part(here.offset, here.offset + count)
+            is_first = self._is_first(here.parameter)
+            if target.data_ptr() != sums.data_ptr():
+                if is_first:
+                    self._views[here.parameter].zero_()  # padding between segments included
+                target.copy_(sums)
             units = {(micro_batch, unit_of(unit)) for micro_batch, unit in added}
             self.included.setdefault(here.parameter, set()).update(units)
 

@@ -8,11 +8,13 @@ may round otherwise than a GPU's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from holdfast.parallel.optimizer.parameter_buffer import OwnedParameters, Span
+from holdfast.parallel.optimizer.flat_values import FlatValues
+from holdfast.parallel.optimizer.parameter_buffer import OwnedParameters
+from holdfast.parallel.optimizer.spans import Span
 
 
 class HostUpdate:
@@ -22,8 +24,8 @@ class HostUpdate:
         self,
         parameters: OwnedParameters,
         places: Sequence[Span],
-        gradients: Tensor,
-        master: Tensor | None,
+        gradients: FlatValues,
+        master: FlatValues | None,
     ) -> None:
         """Allocate page-locked memory beside a GPU.
 
@@ -35,13 +37,10 @@ class HostUpdate:
         self._parameters, self._places = parameters, places
         self._device_gradients = gradients
         pinned = gradients.device.type == "cuda"
-        self.gradients: Tensor = torch.empty(
-            gradients.shape, dtype=gradients.dtype, pin_memory=pinned
-        )
+        make = partial(torch.empty, dtype=gradients.dtype, pin_memory=pinned)
+        self.gradients = FlatValues(gradients.pieces, make)
         self._is_copy = master is None
-        if master is None:
-            master = torch.empty(gradients.shape, dtype=gradients.dtype, pin_memory=pinned)
-        self.master: Tensor = master
+        self.master = FlatValues(gradients.pieces, make) if master is None else master
         self._copied: dict[int, torch.cuda.Event] = {}
 
     def begin(self, runs: Sequence[tuple[int, int, Span]]) -> None:
@@ -52,13 +51,14 @@ class HostUpdate:
         """
         self._copied.clear()
         for first, last, span in runs:
-            here = slice(span.start, span.stop)
-            self.gradients[here].copy_(self._device_gradients[here], non_blocking=True)
+            there = self._device_gradients.part(span.start, span.stop)
+            self.gradients.part(span.start, span.stop).copy_(there, non_blocking=True)
             if self._is_copy:
                 start = span.start
                 for place in self._places[first:last]:
                     values = self._parameters.part(place.start, place.stop)
-                    self.master[start : start + place.elements].copy_(values, non_blocking=True)
+                    master = self.master.part(start, start + place.elements)
+                    master.copy_(values, non_blocking=True)
                     start += place.elements
             if self._device_gradients.device.type == "cuda":
                 self._copied[first] = torch.cuda.Event()
@@ -78,5 +78,5 @@ class HostUpdate:
         """
         for place in self._places[first:last]:
             values = self._parameters.part(place.start, place.stop)
-            values.copy_(self.master[start : start + place.elements], non_blocking=True)
+            values.copy_(self.master.part(start, start + place.elements), non_blocking=True)
             start += place.elements

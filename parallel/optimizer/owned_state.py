@@ -1,21 +1,19 @@
-"""The optimizer state of a rank's own blocks, in flat tensors. Local; exact-mode safe."""
+"""The optimizer state of a rank's own blocks, flat, in pieces. Local; exact-mode safe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.parallel.optimizer.exchange import OwnedBlock
+from holdfast.parallel.optimizer.flat_values import FlatValues, pieces_of
 from holdfast.parallel.optimizer.host_update import HostUpdate
-from holdfast.parallel.optimizer.parameter_buffer import (
-    OwnedParameters,
-    ParameterBuffer,
-    Span,
-)
+from holdfast.parallel.optimizer.parameter_buffer import OwnedParameters, ParameterBuffer
 from holdfast.parallel.optimizer.rules import (
     MASTER,
     BlockUpdate,
@@ -23,14 +21,15 @@ from holdfast.parallel.optimizer.rules import (
     Place,
     StateFormat,
 )
+from holdfast.parallel.optimizer.spans import Span
 from holdfast.parallel.plan import block_box
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedState:
-    """The tensors of a rank's own blocks, flat in the order of `blocks`: [elements of all blocks].
+    """The values of a rank's own blocks, flat in the order of `blocks`: [elements of all blocks].
 
-    A rank that keeps its blocks in a change of plan keeps these tensors; see `carried_on`.
+    A rank that keeps a piece in a change of plan keeps its tensors; see `new` and `carried_on`.
     """
 
     form: StateFormat
@@ -40,12 +39,12 @@ class OwnedState:
     blocks: tuple[OwnedBlock, ...]
     step: Tensor
     """float32 scalar: the number of updates applied."""
-    gradients: Tensor
+    gradients: FlatValues
     """The reduced gradients, valid between reduction and update."""
-    kinds: Mapping[str, Tensor]
-    """The tensors of the `form.saved` kinds; live memory."""
+    kinds: Mapping[str, FlatValues]
+    """The values of the `form.saved` kinds; live memory."""
     spans: tuple[Span, ...]
-    """The span of each block in these tensors."""
+    """The span of each block in these values."""
     host: HostUpdate | None = None
     """The update on the host, if the state lies there."""
 
@@ -55,24 +54,44 @@ class OwnedState:
         form: StateFormat,
         buffer: ParameterBuffer,
         blocks: tuple[OwnedBlock, ...],
+        before: OwnedState | None = None,
     ) -> OwnedState:
-        """The state before the first update; page-locked if it lies on the host beside a GPU."""
+        """The state before the first update; page-locked if it lies on the host beside a GPU.
+
+        Args:
+            before: the state of another plan, whose pieces are used where they lie; the others are
+                to be filled.
+        """
         on_host = form.on_host
         spans: list[Span] = []
         end = 0
         for block in blocks:
             spans.append(Span(end, end + block.block.elements))
             end = spans[-1].stop
-        device = buffer.values.device
+        device = buffer.device
         place = torch.device("cpu") if on_host else device
         pinned = on_host and device.type == "cuda"
+        pieces = pieces_of(
+            (block.key, block.block.layer, block.spec, block.block.elements) for block in blocks
+        )
         zeros = {
-            kind: torch.zeros(
-                end, dtype=form.precision_of(kind).dtype, device=place, pin_memory=pinned
+            kind: FlatValues(
+                pieces,
+                partial(
+                    torch.zeros,
+                    dtype=form.precision_of(kind).dtype,
+                    device=place,
+                    pin_memory=pinned,
+                ),
+                None if before is None else before.kinds[kind],
             )
             for kind in form.saved
         }
-        gradients = torch.zeros(end, dtype=form.dtype, device=device)
+        gradients = FlatValues(
+            pieces,
+            partial(torch.zeros, dtype=form.dtype, device=device),
+            None if before is None else before.gradients,
+        )
         guests = sum(block.block.elements for block in blocks if block.is_guest)
         parameters = OwnedParameters(buffer, guests)
         places = [Span(block.start, block.stop) for block in blocks]
@@ -87,11 +106,15 @@ class OwnedState:
             spans=tuple(spans),
             host=HostUpdate(parameters, places, gradients, zeros.get(MASTER)) if on_host else None,
         )
-        for kind in form.rule.kinds:
-            if kind.initial:
-                zeros[kind.name].fill_(kind.initial)
-        state.copy_masters()
+        if before is None:
+            state._fill_initial()
+            state.copy_masters()
         return state
+
+    def _fill_initial(self) -> None:
+        for kind in self.form.rule.kinds:
+            for values in self.kinds[kind.name].tensors:
+                values.fill_(kind.initial)
 
     def carried_on(
         self, buffer: ParameterBuffer, blocks: tuple[OwnedBlock, ...]
@@ -114,8 +137,7 @@ class OwnedState:
     def restart(self) -> None:
         """Reset to the state before the first update, for the present parameters."""
         self.step.zero_()
-        for kind in self.form.rule.kinds:
-            self.kinds[kind.name].fill_(kind.initial)
+        self._fill_initial()
         self.copy_masters()
 
     def copy_masters(self) -> None:
@@ -124,7 +146,7 @@ class OwnedState:
         if master is not None:
             for block, span in zip(self.blocks, self.spans, strict=True):
                 values = self.parameters.part(block.start, block.stop)
-                master[span.start : span.stop].copy_(values)
+                master.part(span.start, span.stop).copy_(values)
 
     def round_masters(self, begin: int, end: int) -> None:
         """Set the parameters of blocks [begin, end) from their master copies, if any."""
@@ -132,27 +154,25 @@ class OwnedState:
         if master is not None:
             for block, span in zip(self.blocks[begin:end], self.spans[begin:end], strict=True):
                 values = self.parameters.part(block.start, block.stop)
-                values.copy_(master[span.start : span.stop])
+                values.copy_(master.part(span.start, span.stop))
 
     def block(self, number: int) -> dict[str, Tensor]:
         """One block's live state by kind (`form.held`), flat."""
         block, span = self.blocks[number], self.spans[number]
-        found = {kind: values[span.start : span.stop] for kind, values in self.kinds.items()}
+        found = {kind: values.part(span.start, span.stop) for kind, values in self.kinds.items()}
         return {MASTER: self.parameters.part(block.start, block.stop), **found}
 
     def updates(self, groups: ParameterGroups[Any]) -> list[BlockUpdate]:
         """The input of the update, for each block."""
         found = []
         for number, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
-            state, gradients, here = (
-                self.block(number),
-                self.gradients,
-                slice(span.start, span.stop),
-            )
+            state, gradients = self.block(number), self.gradients
             if self.host is not None:
-                state[MASTER], gradients = self.host.master[here], self.host.gradients
+                state[MASTER] = self.host.master.part(span.start, span.stop)
+                gradients = self.host.gradients
             place = groups.place(block.spec, block_box(block.spec, block.block))
-            found.append(block_update(self.form, state, gradients[here], place))
+            gradient = gradients.part(span.start, span.stop)
+            found.append(block_update(self.form, state, gradient, place))
         return found
 
     def begin_update(self, runs: Sequence[tuple[int, int]]) -> None:

@@ -3,97 +3,20 @@ without packing, and the elements of it that the rank keeps."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.layout import Box, HeldRow, ParameterSpec
+from holdfast.parallel.optimizer.flat_values import FlatValues, Piece, pieces_of
+from holdfast.parallel.optimizer.spans import KeptSpans, Span
 
 ALIGNMENT_ELEMENTS = 64
 """Local parameters start at multiples of this: 64 bytes or more for every dtype in use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A half-open range of a rank's flat index space."""
-
-    start: int
-    stop: int
-
-    @property
-    def elements(self) -> int:
-        return self.stop - self.start
-
-
-def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same elements in the same order, neighbouring spans joined. Pure."""
-    found: list[Span] = []
-    for span in spans:
-        if found and found[-1].stop == span.start:
-            found[-1] = Span(found[-1].start, span.stop)
-        else:
-            found.append(span)
-    return tuple(found)
-
-
-class KeptSpans:
-    """The elements of a flat index space that a rank keeps, one after another in a flat tensor."""
-
-    def __init__(self, spans: Iterable[Span]) -> None:
-        """From disjoint spans in ascending order."""
-        self.spans = joined(spans)
-        ends = list(accumulate((span.elements for span in self.spans), initial=0))
-        self.elements = ends[-1]
-        """The length of the tensor."""
-        self._starts = [span.start for span in self.spans]
-        self._shifts = [span.start - end for span, end in zip(self.spans, ends[:-1], strict=True)]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, KeptSpans) and self.spans == other.spans
-
-    def __hash__(self) -> int:
-        return hash(self.spans)
-
-    def has(self, start: int, stop: int) -> bool:
-        """Whether the elements [start, stop) are all kept."""
-        return next(self.within(start, stop), None) == Span(start, stop)
-
-    def of(self, values: Tensor, start: int, stop: int) -> Tensor:
-        """The kept elements [start, stop) in the tensor `values`: a view.
-
-        Raises:
-            ValueError: they are not all kept.
-        """
-        place = bisect_right(self._starts, start) - 1
-        if place < 0 or stop > self.spans[place].stop:
-            raise ValueError(f"elements {start} to {stop} are not kept here")
-        shift = self._shifts[place]
-        return values[start - shift : stop - shift]
-
-    def run(self, values: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Kept spans that follow each other in the tensor `values`: a view of them all.
-
-        Raises:
-            ValueError: they do not.
-        """
-        first, last = (self.of(values, s.start, s.stop) for s in (spans[0], spans[-1]))
-        start, stop = first.storage_offset(), last.storage_offset() + last.numel()
-        if stop - start != sum(span.elements for span in spans):
-            raise ValueError("the spans do not follow each other")
-        start -= values.storage_offset()
-        return values[start : start + sum(span.elements for span in spans)]
-
-    def within(self, start: int, stop: int) -> Iterator[Span]:
-        """The kept parts of [start, stop), in ascending order."""
-        for span in self.spans[max(0, bisect_right(self._starts, start) - 1) :]:
-            if span.start >= stop:
-                return
-            if span.stop > start:
-                yield Span(max(start, span.start), min(stop, span.stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +44,7 @@ class Segment:
 
 
 class ParameterBuffer:
-    """A rank's parameters in one flat index space, and the tensor of those that it keeps.
+    """A rank's parameters in one flat index space, and the tensors of those that it keeps.
 
     Every local parameter starts at a 64-byte boundary: for small shapes, torch's CPU matrix
     products of unaligned operands differ in the last bits. Local; exact-mode safe.
@@ -135,8 +58,9 @@ class ParameterBuffer:
         device: torch.device | str = "cpu",
         keep: Callable[[Sequence[Segment]], KeptSpans] | None = None,
         filled: bool = True,
+        before: ParameterBuffer | None = None,
     ) -> None:
-        """Move the parameters into the tensor, or lay out a part of them.
+        """Move the parameters into the tensors, or lay out a part of them.
 
         Args:
             rows: the rows of the rank and their local parameters; those of a layer by part, in the
@@ -145,6 +69,8 @@ class ParameterBuffer:
             keep: returns what is kept of the segments; the parameters then lie elsewhere, and
                 `values` is zero. None: all is kept, and the modules work on views of it.
             filled: whether the parameters have values, which are taken over; else they are zero.
+            before: a buffer of this rank whose parameters are taken over where they are here as
+                well, whole pieces where they lie; not with `keep`.
         """
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0
@@ -163,13 +89,53 @@ class ParameterBuffer:
         self.whole = KeptSpans([Span(0, end)] if end else [])
         """All elements, padding included."""
         self.kept = self.whole if keep is None else keep(segments)
-        self.values: Tensor = torch.zeros(self.kept.elements, dtype=dtype, device=device)
-        """The kept elements."""
+        pieces = [Piece(None, self.kept)] if self.kept.elements else []
+        if keep is None:
+            pieces = self._pieces()
+        make = partial(torch.zeros, dtype=dtype, device=device)
+        old = None if before is None else before._values
+        self._values = FlatValues(pieces, make, old)
         for parameter, (start, stop) in self._place.items() if keep is None else ():
-            view = self.values[start:stop].view(parameter.shape)
+            view = self._values.part(start, stop).view(parameter.shape)
             if filled:
                 view.copy_(parameter.detach())
             parameter.data = view
+        if before is not None:
+            self._take_over(before)
+
+    def _pieces(self) -> list[Piece]:
+        segments: dict[nn.Parameter, list[Segment]] = {}
+        for segment in self.segments:
+            segments.setdefault(segment.parameter, []).append(segment)
+        starts = [start for start, _ in self._place.values()]
+        sizes = [b - a for a, b in pairwise([*starts, self.elements])]
+        return pieces_of(
+            (tuple(segment.elements for segment in of_one), of_one[0].layer, of_one[0].spec, size)
+            for of_one, size in zip(segments.values(), sizes, strict=True)
+        )
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What lies in one tensor each."""
+        return self._values.pieces
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The kept elements, by piece."""
+        return self._values.tensors
+
+    @property
+    def values(self) -> Tensor:
+        """The kept elements of a buffer that keeps a share."""
+        return self._values.one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._values.device
 
     @property
     def elements(self) -> int:
@@ -185,35 +151,37 @@ class ParameterBuffer:
         return self._place[parameter]
 
     def part(self, start: int, stop: int) -> Tensor:
-        """The kept parameters [start, stop): a view of `values`."""
-        return self.kept.of(self.values, start, stop)
+        """The kept parameters [start, stop), of one parameter or neighbours in a piece: a view."""
+        return self._values.part(start, stop)
 
-    def take_over(self, other: ParameterBuffer) -> None:
-        """Take the parameters of another buffer of this rank that are here as well."""
+    def _take_over(self, other: ParameterBuffer) -> None:
+        """Copy the parameters of another buffer of this rank that are here as well, elsewhere."""
         there = {segment.elements: segment for segment in other.segments}
         for segment in self.segments:
             old = there.get(segment.elements)
             if old is not None and other.kept is other.whole and self.kept is self.whole:
-                self.view(self.values, segment).copy_(other.view(other.values, old))
+                here, before = self.view(segment), other.view(old)
+                if here.data_ptr() != before.data_ptr():
+                    here.copy_(before)
 
-    def view(self, values: Tensor, segment: Segment) -> Tensor:
-        """The segment's part of a flat tensor of all elements, in the segment's shape."""
-        stop = segment.offset + segment.spec.elements
-        return values[segment.offset : stop].view(segment.spec.box.shape)
+    def view(self, segment: Segment) -> Tensor:
+        """A segment's parameters, in its shape."""
+        values = self.part(segment.offset, segment.offset + segment.spec.elements)
+        return values.view(segment.spec.box.shape)
 
     def kept_rows(
-        self, kept: KeptSpans, values: Tensor
+        self, kept: KeptSpans, part: Callable[[int, int], Tensor]
     ) -> Iterator[tuple[Segment, tuple[int, int], Tensor]]:
         """Each run of kept rows of a segment: its rows in the segment, and its values, flat.
 
         Args:
-            kept: what the tensor `values` has of the index space, in whole rows.
+            kept: the elements of the index space that `part` has, in whole rows.
         """
         for segment in self.segments:
             first, row = segment.offset, segment.spec.row_elements
             for span in kept.within(first, first + segment.spec.elements):
                 rows = (span.start - first) // row, (span.stop - first) // row
-                yield segment, rows, kept.of(values, span.start, span.stop)
+                yield segment, rows, part(span.start, span.stop)
 
 
 class OwnedParameters:
@@ -230,7 +198,7 @@ class OwnedParameters:
             guests: the number of their elements.
         """
         self._buffer = buffer
-        self._guests = torch.zeros(guests, dtype=buffer.values.dtype, device=buffer.values.device)
+        self._guests = torch.zeros(guests, dtype=buffer.dtype, device=buffer.device)
 
     def part(self, start: int, stop: int) -> Tensor:
         """The parameters [start, stop) of one block, or of neighbours in the buffer: a view."""

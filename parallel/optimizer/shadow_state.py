@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +23,8 @@ from torch import Tensor
 from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.optimizer.exchange import follower_routes
 from holdfast.parallel.optimizer.fence import Fence
+from holdfast.parallel.optimizer.flat_values import FlatValues, Piece, pieces_of
 from holdfast.parallel.optimizer.owned_state import block_update
-from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.rules import (
     MASTER,
     BlockUpdate,
@@ -32,6 +33,7 @@ from holdfast.parallel.optimizer.rules import (
     Place,
     StateFormat,
 )
+from holdfast.parallel.optimizer.spans import KeptSpans, Span
 from holdfast.parallel.plan import BlockKey, Plan, block_box, update_ends
 
 
@@ -40,6 +42,7 @@ class ShadowedBlock:
     """A block that this rank follows, as a shadow or before it becomes the owner."""
 
     key: BlockKey
+    layer: int
     owner: int
     spec: ParameterSpec
     """The row of its parameter."""
@@ -63,26 +66,27 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     for owner, (*_, key) in mine:
         block = plan.block(key)
         stop = start + block.elements
-        blocks.append(ShadowedBlock(block.key, owner, plan.spec_of(block), start, stop))
+        spec = plan.spec_of(block)
+        blocks.append(ShadowedBlock(block.key, block.layer, owner, spec, start, stop))
         start = stop
     return tuple(blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowCopies:
-    """The tensors of shadowed blocks, flat in the order of `blocks`: [elements of all blocks].
+    """The values of shadowed blocks, flat in the order of `blocks`: [elements of all blocks].
 
-    A rank that keeps its shadowed blocks in a change of plan keeps these tensors.
+    A rank that keeps a piece in a change of plan keeps its tensors.
     """
 
     blocks: tuple[ShadowedBlock, ...]
     step: Tensor
     """float32 scalar on the device: the number of updates applied."""
-    gradients: Tensor
+    gradients: FlatValues
     """The reduced gradients, on the device."""
-    kinds: Mapping[str, Tensor]
-    """The tensors of the `held` kinds, on the device or in host memory."""
-    rounded: Tensor | None
+    kinds: Mapping[str, FlatValues]
+    """The values of the `held` kinds, on the device or in host memory."""
+    rounded: FlatValues | None
     """The master values rounded to parameters, if parameters have fewer bits and are saved from
     here."""
 
@@ -94,22 +98,37 @@ class ShadowCopies:
         device: torch.device,
         *,
         in_host_memory: bool,
+        before: ShadowCopies | None = None,
     ) -> ShadowCopies:
-        """Copies of zeros, to be filled; page-locked if they lie in host memory beside a GPU."""
-        elements = blocks[-1].stop if blocks else 0
+        """Copies of zeros, to be filled; page-locked if they lie in host memory beside a GPU.
+
+        Args:
+            before: the copies of another plan, whose pieces are used where they lie.
+        """
         place = torch.device("cpu") if in_host_memory else device
         pinned = in_host_memory and device.type == "cuda"
+        pieces = pieces_of(
+            (block.key, block.layer, block.spec, block.stop - block.start) for block in blocks
+        )
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
+        def zeros(dtype: torch.dtype, known: FlatValues | None) -> FlatValues:
+            make = partial(torch.zeros, dtype=dtype, device=place, pin_memory=pinned)
+            return FlatValues(pieces, make, known)
 
+        old = {} if before is None else before.kinds
         rounds = in_host_memory and form.precision.has_master
         return cls(
             blocks,
             step=torch.zeros((), dtype=torch.float32, device=device),
-            gradients=torch.zeros(elements, dtype=form.dtype, device=device),
-            kinds={kind: zeros(form.precision_of(kind).dtype) for kind in form.held},
-            rounded=zeros(form.precision.dtype) if rounds else None,
+            gradients=FlatValues(
+                pieces,
+                partial(torch.zeros, dtype=form.dtype, device=device),
+                None if before is None else before.gradients,
+            ),
+            kinds={kind: zeros(form.precision_of(kind).dtype, old.get(kind)) for kind in form.held},
+            rounded=zeros(form.precision.dtype, before.rounded if before else None)
+            if rounds
+            else None,
         )
 
     def carried_on(self, blocks: tuple[ShadowedBlock, ...]) -> ShadowCopies | None:
@@ -130,17 +149,17 @@ class ShadowCopies:
         form: StateFormat,
         block: ShadowedBlock,
         place: Place,
-        kinds: Mapping[str, Tensor],
+        kinds: Mapping[str, FlatValues],
         start: int,
     ) -> BlockUpdate:
-        """One block's update, with its state at `start` of the given tensors.
+        """One block's update, with its state at `start` of the given values.
 
         Args:
             place: as for `block_update`.
         """
         stop = start + block.stop - block.start
-        state = {kind: values[start:stop] for kind, values in kinds.items()}
-        gradient = self.gradients[block.start : block.stop]
+        state = {kind: values.part(start, stop) for kind, values in kinds.items()}
+        gradient = self.gradients.part(block.start, block.stop)
         return block_update(form, state, gradient, place)
 
 
@@ -181,10 +200,10 @@ class ShadowState:
         """The routes of the reduced gradients that this rank sends to followers and receives."""
         carried = before.carried_on(self.blocks) if before is not None else None
         self._copies = carried or ShadowCopies.new(
-            self.blocks, form, device, in_host_memory=in_host_memory
+            self.blocks, form, device, in_host_memory=in_host_memory, before=before
         )
-        self._staged: dict[str, Tensor] | None = None
-        """Device tensors for what is updated as one, if copies lie in host memory; else None."""
+        self._staged: dict[str, FlatValues] | None = None
+        """Device memory for what is updated as one, if copies lie in host memory; else None."""
         ends = update_ends(
             (size, block.spec.updated_together(size))
             for block in self.blocks
@@ -196,8 +215,12 @@ class ShadowState:
             largest = max(
                 (self.blocks[b - 1].stop - self.blocks[a].start for a, b in self._runs), default=0
             )
+            pieces = [Piece(None, KeptSpans([Span(0, largest)]))] if largest else []
             self._staged = {
-                kind: torch.empty(largest, dtype=form.precision_of(kind).dtype, device=device)
+                kind: FlatValues(
+                    pieces,
+                    partial(torch.empty, dtype=form.precision_of(kind).dtype, device=device),
+                )
                 for kind in form.held
             }
         self._updates = [
@@ -218,16 +241,16 @@ class ShadowState:
         return self._copies
 
     @property
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, FlatValues]:
         """By kind (`form.held`), flat, in the order of `blocks`."""
         return self.copies.kinds
 
     def block_state(self, block: ShadowedBlock) -> dict[str, Tensor]:
         """One block's live state by kind (`form.held`), flat."""
-        return {kind: values[block.start : block.stop] for kind, values in self.state.items()}
+        return {kind: values.part(block.start, block.stop) for kind, values in self.state.items()}
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> FlatValues:
         """The parameters of `blocks` in host memory, flat, bit-equal to those of their owners."""
         copies = self.copies
         return copies.kinds[MASTER] if copies.rounded is None else copies.rounded
@@ -236,8 +259,8 @@ class ShadowState:
         """Set `weights` from the block's master values, once these have been written."""
         copies = self.copies
         if copies.rounded is not None:
-            here = slice(block.start, block.stop)
-            copies.rounded[here].copy_(copies.kinds[MASTER][here])
+            master = copies.kinds[MASTER].part(block.start, block.stop)
+            copies.rounded.part(block.start, block.stop).copy_(master)
 
     def restore(self, step: int) -> None:
         """Continue after `step` updates, once `state` has been filled."""
@@ -255,7 +278,7 @@ class ShadowState:
         master = self._copies.kinds[MASTER]
         for block in self.blocks:
             for span in places.get(block.key, ()):
-                part(span.start, span.stop).copy_(master[block.start : block.stop])
+                part(span.start, span.stop).copy_(master.part(block.start, block.stop))
 
     def update(
         self,
@@ -274,7 +297,8 @@ class ShadowState:
             return
         copies = self.copies
         if factor != 1.0:
-            copies.gradients.mul_(factor)
+            for gradients in copies.gradients.tensors:
+                gradients.mul_(factor)
         copies.step.add_(1)
         if self._staged is not None:
             self._update_through(self._staged, copies, lr, fence, heads)
@@ -285,7 +309,7 @@ class ShadowState:
 
     def _update_through(
         self,
-        staged: Mapping[str, Tensor],
+        staged: Mapping[str, FlatValues],
         copies: ShadowCopies,
         lr: float,
         fence: Fence | None,
@@ -296,9 +320,10 @@ class ShadowState:
             if fence is not None:
                 fence(last - 1)
             start, stop = self.blocks[first].start, self.blocks[last - 1].stop
-            here, size = slice(start, stop), stop - start
+            size = stop - start
             for kind, values in staged.items():
-                values[:size].copy_(copies.kinds[kind][here], non_blocking=True)
+                there = copies.kinds[kind].part(start, stop)
+                values.part(0, size).copy_(there, non_blocking=True)
             updates = [
                 copies.update_of(self._form, block, place, staged, block.start - start)
                 for block, place in zip(
@@ -307,10 +332,11 @@ class ShadowState:
             ]
             self._groups.update(updates, copies.step, lr, heads)
             for kind, values in staged.items():
-                copies.kinds[kind][here].copy_(values[:size], non_blocking=True)
+                there = copies.kinds[kind].part(start, stop)
+                there.copy_(values.part(0, size), non_blocking=True)
             if copies.rounded is not None:
-                parameters = staged[MASTER][:size].to(copies.rounded.dtype)
-                copies.rounded[here].copy_(parameters, non_blocking=True)
+                parameters = staged[MASTER].part(0, size).to(copies.rounded.dtype)
+                copies.rounded.part(start, stop).copy_(parameters, non_blocking=True)
         if copies.gradients.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()

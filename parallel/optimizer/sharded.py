@@ -34,6 +34,7 @@ from holdfast.parallel.optimizer.exchange import (
     wire_of,
 )
 from holdfast.parallel.optimizer.fence import Fence
+from holdfast.parallel.optimizer.flat_values import FlatValues
 from holdfast.parallel.optimizer.kernels import operations_of
 from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
@@ -111,7 +112,7 @@ class ShardedOptimizer:
         """The number of block keys of the plan: the length of the squares that `reduce` gives."""
         owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
-        self.owned_state = carried or OwnedState.new(form, buffer, owned)
+        self.owned_state = carried or OwnedState.new(form, buffer, owned, before)
         self._updates = self.owned_state.updates(constants)
         self._ends = update_ends(
             (found.block.elements, found.spec.updated_together(found.block.elements))
@@ -151,7 +152,7 @@ class ShardedOptimizer:
     def owned_gradients(self) -> Iterator[tuple[OwnedBlock, Tensor]]:
         """The owned blocks with their reduced gradients (flat), valid between reduce and update."""
         for block, span in zip(self.owned, self.owned_state.spans, strict=True):
-            yield block, self.gradients[span.start : span.stop]
+            yield block, self.gradients.part(span.start, span.stop)
 
     def slot(self, key: BlockKey) -> int:
         """The position of a block among all blocks of the plan, in order."""
@@ -164,12 +165,12 @@ class ShardedOptimizer:
         return int(self.owned_state.step)
 
     @property
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, FlatValues]:
         """State by saved kind, flat, in the order of `owned`. Live memory: see `update`'s fence."""
         return self.owned_state.kinds
 
     @property
-    def gradients(self) -> Tensor:
+    def gradients(self) -> FlatValues:
         """The reduced gradients of the owned blocks, flat, in the order of `owned`."""
         return self.owned_state.gradients
 
@@ -287,7 +288,8 @@ class ShardedOptimizer:
         """Update bucket by bucket, in the order of first use. Gives the row of each updated one."""
         state = self.owned_state
         if factor != 1.0:
-            state.gradients.mul_(factor)
+            for gradients in state.gradients.tensors:
+                gradients.mul_(factor)
         state.begin_update([(run[0].begin, run[-1].end) for run in self._runs])
         free = len(self._updates) if fence is None else 0
         for run in self._runs:

@@ -48,10 +48,10 @@ def test_transformers_gives_our_logits(
         buffer = ParameterBuffer(ours.rows())
         weights: dict[str, Any] = {}
         for segment in buffer.segments:
-            weights.setdefault(segment.spec.name, buffer.view(buffer.values, segment))
+            weights.setdefault(segment.spec.name, buffer.view(segment))
         load(folder, weights)
         for segment in buffer.segments:
-            buffer.view(buffer.values, segment).copy_(weights[segment.spec.name])
+            buffer.view(segment).copy_(weights[segment.spec.name])
         logits = theirs(tokens).logits
         torch.testing.assert_close(ours.logits(tokens), logits, rtol=0, atol=1e-5)
         seen.append(logits)

@@ -8,7 +8,6 @@ import torch
 from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.parallel.optimizer.kernels.torch_operations import fixed_point
 from holdfast.trainer.step.build import open_training
-from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config
 
@@ -47,7 +46,7 @@ def test_training_agrees_with_the_cpu(precision: str) -> None:
         for step in range(config.train.steps):
             training.compute(step)
             outcome = training.vote(*training.reduce())
-            training.apply(rate_of(config, step))
+            training.apply(config.rate_of(step))
             losses[device].append(outcome.loss)
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)

@@ -73,7 +73,6 @@ def test_another_precision_is_saved_and_estimated_by_its_entry() -> None:
 
 def train_in_half(rank: int, world_size: int, store: Store, *, data: int) -> Any:
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
     config = half_config(data=data)
@@ -83,7 +82,7 @@ def train_in_half(rank: int, world_size: int, store: Store, *, data: int) -> Any
         for step in range(config.train.steps):
             training.compute(step)
             losses.append(training.vote(*training.reduce()).loss.hex())
-            training.apply(rate_of(config, step))
+            training.apply(config.rate_of(step))
         return losses, training.parameter_digest(), str(training.parameter_buffer.values.dtype)
 
 

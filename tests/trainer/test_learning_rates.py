@@ -25,7 +25,6 @@ from holdfast.trainer.config.loading import dump_toml, load_config
 from holdfast.trainer.learning_rates import DECAY_SHAPES, LEARNING_RATES, Stage, learning_rate
 from holdfast.trainer.loop import train
 from holdfast.trainer.run.run_directory import RunDirectory
-from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config, metrics_of
 
@@ -53,7 +52,7 @@ def test_a_registered_schedule_is_allowed_and_followed(tmp_path: Path) -> None:
         load_config(path)
     with mock.patch.dict(learning_rates.LEARNING_RATES, halving=halving):
         config = load_config(path)
-        assert [rate_of(config, step) for step in range(7)] == [0.5, 1, 1, 0.5, 0.25, 0.125, 0.1]
+        assert [config.rate_of(step) for step in range(7)] == [0.5, 1, 1, 0.5, 0.25, 0.125, 0.1]
 
 
 def rates(steps: int, *stages: Stage) -> list[float]:
@@ -177,8 +176,8 @@ def test_a_constant_run_decays_from_a_checkpoint(tmp_path: Path) -> None:
     path.write_text(TABLE.replace("halving", "constant"))
     long = load_config(path, ["train.steps=100"])
     decayed = load_config(path, ["train.steps=60", "optimizer.decay_steps=20"])
-    assert [rate_of(decayed, s) for s in range(41)] == [rate_of(long, s) for s in range(41)]
-    falling = [rate_of(decayed, step) for step in range(40, 60)]
+    assert [decayed.rate_of(s) for s in range(41)] == [long.rate_of(s) for s in range(41)]
+    falling = [decayed.rate_of(step) for step in range(40, 60)]
     assert falling == pytest.approx([1.0 - 0.9 * k / 19 for k in range(20)])
 
 
@@ -190,10 +189,10 @@ def test_stages_are_tables_of_the_configuration(tmp_path: Path) -> None:
         + "[[optimizer.lr_stages]]\nstart = 80\nlr = 0.05\n"
     )
     config = load_config(path)
-    assert [rate_of(config, step) for step in (49, 50, 79, 80, 99)] == pytest.approx(
+    assert [config.rate_of(step) for step in (49, 50, 79, 80, 99)] == pytest.approx(
         [1.0, 1.0, 0.2, 0.05, 0.05]
     )
-    assert rate_of(config, 64) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 14 / 29)))
+    assert config.rate_of(64) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 14 / 29)))
     written = tmp_path / "resolved.toml"
     written.write_text(dump_toml(config))
     assert load_config(written) == config

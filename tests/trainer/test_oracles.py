@@ -206,7 +206,6 @@ def test_fifty_steps_without_spikes_equal_a_plain_loop_with_olmo_s_rule(cluster:
 
 def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
@@ -214,7 +213,7 @@ def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: d
     for step in range(run_config.train.steps):
         training.compute(step)
         training.vote(*training.reduce())
-        training.apply(rate_of(run_config, step))
+        training.apply(run_config.rate_of(step))
     return training.evaluate()["held_out"]
 
 

@@ -11,7 +11,7 @@ from holdfast.trainer.check.capture import (
     watch_chunk,
 )
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.step import open_training, rate_of
+from holdfast.trainer.step import open_training
 from holdfast.trainer.worlds import WorldInfo
 
 
@@ -34,7 +34,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
             scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
             capture.partial_gradients = [
                 captured_box(segment.spec, sums.double() * scale, rows)
-                for segment, rows, sums in buffer.kept_rows(accumulator.kept, accumulator.sums)
+                for segment, rows, sums in buffer.kept_rows(accumulator.kept, accumulator.part)
             ]
         squares, flags = training.reduce()
         if step == 0:
@@ -45,10 +45,10 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         outcome = training.vote(squares, flags)
         capture.losses.append(outcome.loss)
         capture.grad_norms.append(outcome.grad_norm)
-        training.apply(rate_of(config, step))
+        training.apply(config.rate_of(step))
     training.finish_gather()
     capture.parameters = [
         captured_box(segment.spec, values, rows)
-        for segment, rows, values in buffer.kept_rows(buffer.kept, buffer.values)
+        for segment, rows, values in buffer.kept_rows(buffer.kept, buffer.part)
     ]
     return capture

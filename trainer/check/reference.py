@@ -24,7 +24,7 @@ from holdfast.trainer.check.capture import (
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import build_whole_model, family_of
-from holdfast.trainer.step import layers_of_config, open_split, rate_of
+from holdfast.trainer.step import layers_of_config, open_split
 
 
 def run_reference(config: RunConfig) -> RankCapture:
@@ -72,7 +72,7 @@ def run_reference(config: RunConfig) -> RankCapture:
             segment.take_gradient()
         for optimizer, factor in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate_of(config, step) * factor
+                group["lr"] = config.rate_of(step) * factor
             optimizer.step()
         _clip(segments, logits, config)
         for segment in segments:

@@ -15,6 +15,7 @@ from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.schedules import FaultKind, StepPhase
 from holdfast.trainer.config.data_section import DataConfig
 from holdfast.trainer.config.optimizer_section import OptimizerConfig
+from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models import ModelConfig
 
 
@@ -378,6 +379,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     offload: OffloadConfig = OffloadConfig()
     elastic: ElasticConfig = ElasticConfig()
     log: LogConfig = LogConfig()
+
+    def rate_of(self, step: int) -> float:
+        """The learning rate of a step, counted from 0. Pure."""
+        return learning_rate(step, steps=self.train.steps, stages=self.optimizer.all_stages)
 
     @property
     def tensor_parts(self) -> int:

@@ -50,7 +50,6 @@ from holdfast.trainer.step import (
     DeviceMemory,
     RecentSteps,
     Training,
-    rate_of,
     room_of,
 )
 
@@ -358,7 +357,7 @@ class Recovery:
             progress.decide(recovery.steps, recovery.outcome, window)
         if progress.updated < progress.decided:
             training.protect(None)
-            training.update(rate_of(self._config, progress.decided - 1))
+            training.update(self._config.rate_of(progress.decided - 1))
 
     def _active_plan(self, recovery: RecoveryPlan, store: Store) -> Plan:
         """The plan of the holders, which the first of them tells the ranks without state."""

@@ -27,7 +27,7 @@ from holdfast.trainer.elastic.transition import WITHIN_STEP
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import EventFile, PhaseClock, Reporter
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
-from holdfast.trainer.step import Outcome, Requests, Training, evaluates_after, rate_of
+from holdfast.trainer.step import Outcome, Requests, Training, evaluates_after
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -183,7 +183,7 @@ class ElasticSession:
         parts = self._parts()
         with parts.training.busy("report"):
             if outcome.has_numbers:
-                lr = rate_of(self._config, steps - 1)
+                lr = self._config.rate_of(steps - 1)
                 parts.reporter.step(steps - 1, outcome, lr, (), None, evaluated)
             parts.checkpoints.evaluated(steps, evaluated)
             if steps > parts.checkpoints.committed_step:
@@ -210,7 +210,9 @@ class ElasticSession:
         training = self._parts().training
         optimizer, shadows = training.optimizer, training.shadows
         kind = (*optimizer.form.held[1:], MASTER)[0]
-        values = optimizer.block_state(0)[kind] if optimizer.owned else shadows.state[kind]
+        owned = bool(optimizer.owned)
+        state = optimizer.block_state(0) if owned else shadows.block_state(shadows.blocks[0])
+        values = state[kind]
         values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
 

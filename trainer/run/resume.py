@@ -48,7 +48,7 @@ from holdfast.trainer.run.initial_weights import (
     lacks_average,
 )
 from holdfast.trainer.run.memory_copies import memory_root
-from holdfast.trainer.step import rate_of, state_format
+from holdfast.trainer.step import state_format
 
 OF_THE_STATE = ("optimizer.name", "optimizer.moments_dtype")
 """The keys that say what the optimizer's state is."""
@@ -263,7 +263,7 @@ def _other_rate(manifest: Manifest, config: RunConfig) -> Iterator[str]:
         expected = learning_rate(step, steps=steps, stages=saved.all_stages)
     except (msgspec.ValidationError, TypeError, KeyError):
         return  # of a version that is not understood
-    found = rate_of(config, step)
+    found = config.rate_of(step)
     if found != expected and step < min(steps, config.train.steps):
         yield (
             f"the learning rate of step {step + 1} is {found:.3g}; as the checkpoint has it, it "

@@ -1,7 +1,6 @@
 """One step of one rank: compute, reduce, vote, apply, and the state that it changes.
 
-May import trainer.config, trainer.data, trainer.learning_rates, trainer.models, trainer.worlds,
-checkpoint and parallel.
+May import trainer.config, trainer.data, trainer.models, trainer.worlds, checkpoint and parallel.
 """
 
 import lazy_loader

@@ -20,9 +20,6 @@ from .evaluation import (
     mean_held_out_loss as mean_held_out_loss,
     open_validation as open_validation,
 )
-from .learning_rate import (
-    rate_of as rate_of,
-)
 from .partial_sums import (
     Included as Included,
     RankInputs as RankInputs,

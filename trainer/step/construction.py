@@ -214,12 +214,14 @@ def new_model(
     device: torch.device,
     *,
     initial: bool,
+    before: ParameterBuffer | None = None,
 ) -> ModelParts:
     """A rank's chunks with their buffers.
 
     Args:
         initial: whether the parameters are drawn. Else they are zero, to be filled from elsewhere,
             and sums have no memory before a step begins.
+        before: the parameters of the plan before; those that are here as well are taken over.
     """
     shares = shards(plan, "parameters")
     drawn = initial and not shares
@@ -231,6 +233,7 @@ def new_model(
         device=device,
         keep=kept_spans(plan, rank, "parameters") if shares else None,
         filled=drawn,
+        before=None if shares else before,
     )
     accumulator = GradientAccumulator(
         buffer,
@@ -257,7 +260,7 @@ def new_model(
 
 def initialize_kept(buffer: ParameterBuffer, seed: int) -> None:
     """Draw the parameters that a rank keeps: the same values as if it kept all of them."""
-    for segment, (first, last), values in buffer.kept_rows(buffer.kept, buffer.values):
+    for segment, (first, last), values in buffer.kept_rows(buffer.kept, buffer.part):
         box = segment.spec.box
         start, stop = box.start[0] + first, box.start[0] + last
         rows = Box((start, *box.start[1:]), (stop, *box.stop[1:]))

@@ -133,7 +133,7 @@ class TrainingState:
         at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
         row_elements = box.elements // box.shape[0]
         start = at.place + (box.start[0] - at.first) * row_elements
-        return [self._state[kind][start : start + box.elements].view(box.shape)]
+        return [self._state[kind].part(start, start + box.elements).view(box.shape)]
 
     def source(self, name: str, box: Box) -> Tensor:
         """The live values of a box: contiguous."""
@@ -144,7 +144,7 @@ class TrainingState:
         kind, rows = found
         start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
         copies = self._shadows.weights if kind == WEIGHT else self._shadows.state[kind]
-        return copies[start : start + box.elements].view(box.shape)
+        return copies.part(start, start + box.elements).view(box.shape)
 
     def before(self, piece: PlannedPiece) -> int:
         """The first block whose update overwrites a piece; the number of all blocks if none does.

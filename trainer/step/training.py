@@ -6,15 +6,14 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
@@ -33,13 +32,7 @@ from holdfast.parallel.optimizer import (
     head_factors,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
-from holdfast.parallel.plan import (
-    Plan,
-    evaluation_program,
-    shards,
-    team_micro_batches,
-    training_program,
-)
+from holdfast.parallel.plan import Plan, evaluation_program, shards
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
@@ -53,7 +46,6 @@ from holdfast.trainer.step.ballot import (
 )
 from holdfast.trainer.step.construction import (
     ModelParts,
-    PreparedProgram,
     carried_model,
     expert_team,
     new_executor,
@@ -62,7 +54,6 @@ from holdfast.trainer.step.construction import (
     new_runners,
     new_shadows,
     open_split,
-    prepared,
 )
 from holdfast.trainer.step.digest import parameter_digest
 from holdfast.trainer.step.evaluation import (
@@ -75,6 +66,7 @@ from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.notes import Logits, by_layer, largest_of, packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included, Inputs, RankInputs
+from holdfast.trainer.step.programs import StepPrograms
 from holdfast.trainer.step.progress import (
     NO_REQUESTS,
     AtPhase,
@@ -126,7 +118,7 @@ class Training:
         """Whether parameters of the last update may be on their way to or from this rank."""
         self.model = self._model_after(before, initial=initial)
         if self.offloader is not None:
-            self.offloader.keep(self.model.buffer.values)
+            self.offloader.keep(*self.model.buffer.tensors)
         self._shadows = self._shadows_after(before)
         self.optimizer = self._optimizer_after(before, initial=initial)
         if self.model.layers is not None:
@@ -135,13 +127,13 @@ class Training:
         """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in the background transfer to the next plan."""
-        self._program = prepared(rank, lambda other: training_program(plan, other))
-        self._part: tuple[frozenset[int], PreparedProgram] | None = None
-        """The program of steps with a smaller batch, by their micro-batches."""
         team = None if before is None else before._team
         self._team = expert_team(config, plan, rank, groups, team)
+        self._programs = StepPrograms(plan, rank, self.model, self._team)
         begun = self.progress.decided
-        self._in_flight = StepInFlight(plan, rank, self.model, self._program[0], begun, self._team)
+        self._in_flight = StepInFlight(
+            plan, rank, self.model, self._programs.whole[0], begun, self._team
+        )
         last = len(plan.placement) - 1
         self._micro_batches = MicroBatches(
             config,
@@ -176,10 +168,15 @@ class Training:
             carried = carried_model(before.model, before.plan, self.plan, self.rank)
             if carried is not None:
                 return carried
-        made = new_model(self.config, self.plan, self.rank, groups, self.device, initial=initial)
-        if before is not None and made.layers is None:
-            made.buffer.take_over(before.model.buffer)
-        return made
+        return new_model(
+            self.config,
+            self.plan,
+            self.rank,
+            groups,
+            self.device,
+            initial=initial,
+            before=None if before is None else before.model.buffer,
+        )
 
     def _optimizer_after(self, before: Training | None, *, initial: bool) -> ShardedOptimizer:
         """The optimizer of this rank's blocks; it reuses what it can of the plan before."""
@@ -286,35 +283,20 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        only, lost = self._only_of(step), []
-        program = self._program if only is None else self._part_of(only)
+        only, lost = self._only_of(step), list[LostGradient]()
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
-            program = self._rest_of(step)
             lost = self._in_flight.lost_gradients(self._micro_batches_of(step))
-        offers = self._offers(program[0], only, lost)
-        program_of = partial(training_program, self.plan, only=only)
+        offers = self._programs.offers(only, lost)
         self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"), only)
-        with self._layers_of(program_of, lambda: at(step + 1, "prefetch"), only):
+        receiving = partial(at, step + 1, "prefetch")
+        with self._layers_of(self._programs.of_rank(only), receiving, only):
             try:
                 if self._team is not None:
                     add_lost_gradients(lost, self.chunks, self._team)
-                return self.executor.run(*program)
+                return self.executor.run(*self._programs.of(only))
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
-
-    def _offers(
-        self,
-        program: Program,
-        only: frozenset[int] | None,
-        lost: Sequence[LostGradient] = (),
-    ) -> dict[nn.Parameter, int]:
-        """The number of gradients that each parameter is offered by a program, and of lost ones."""
-        hosted = team_micro_batches(self.plan, self.rank, only)
-        own = self._team and self._team.index
-        here = ((piece.layer, piece.expert) for piece in lost if piece.host == own)
-        apart = Counter[tuple[int, int | None]](here)
-        return self.model.offers(program, self.plan.parts_of(self.rank), hosted, apart)
 
     @contextmanager
     def _layers_of(
@@ -336,18 +318,6 @@ class Training:
         count = self._micro_batches_of(step)
         return None if count == self.step_micro_batches else frozenset(range(count))
 
-    def _part_of(self, only: frozenset[int]) -> PreparedProgram:
-        """The program of the first micro-batches, which is kept as long as steps have as many."""
-        if self._part is None or self._part[0] != only:
-            made = prepared(self.rank, lambda rank: training_program(self.plan, rank, only))
-            self._part = only, made
-        return self._part[1]
-
-    def _rest_of(self, step: int) -> PreparedProgram:
-        """The program of the micro-batches that the sums of an interrupted step lack."""
-        missing = self.to_compute(step)
-        return prepared(self.rank, lambda rank: training_program(self.plan, rank, missing))
-
     def _go_on_in_memory(self, step: int, error: OffloadError) -> ActionTimes:
         """Keep all activations in memory from now on, because some could not be read back.
 
@@ -364,9 +334,9 @@ class Training:
         self._in_flight.resume(step, included, self._in_flight)
         self._start(step, self.data, training=True)
         self._in_flight.begin(step, lambda: None)
-        program = self._rest_of(step)
-        self.optimizer.go_on(self._offers(program[0], self.to_compute(step)))
-        return self.executor.run(*program)
+        missing = self.to_compute(step)
+        self.optimizer.go_on(self._programs.offers(missing))
+        return self.executor.run(*self._programs.of(missing))
 
     @property
     def _noted_parts(self) -> tuple[int, ...]:
@@ -589,7 +559,7 @@ class Training:
     def _losses_on(self, data: Dataset, batch: int) -> SliceLosses:
         self._start(batch, data, training=False)
         with self.busy("evaluate"), self._layers_of(partial(evaluation_program, self.plan)):
-            self.executor.run(*self._forward_program)
+            self.executor.run(*self._programs.of_evaluation)
         if self.model.layers is not None:
             self.model.layers.finish()
         return by_slice(self._reported_losses or {}, self.slices, self.plan.stretches)
@@ -599,10 +569,6 @@ class Training:
         """The layer of each block, by its slot."""
         found = {self.optimizer.slot(b.key): b.layer for part in self.plan.blocks for b in part}
         return tuple(found[slot] for slot in range(self.optimizer.slots))
-
-    @cached_property
-    def _forward_program(self) -> PreparedProgram:
-        return prepared(self.rank, lambda rank: evaluation_program(self.plan, rank))
 
     def parameter_digest(self) -> str:
         """SHA-256 over all parameters; see `digest.parameter_digest`. Collective over all ranks."""

@@ -1,8 +1,8 @@
 """The exchange of gradient sums and updated parameters between ranks, beside computation.
 
 May import parallel.comm, parallel.errors, parallel.layout, parallel.optimizer.accumulator,
-parallel.optimizer.kernels, parallel.optimizer.packing, parallel.optimizer.parameter_buffer and
-parallel.plan.
+parallel.optimizer.flat_values, parallel.optimizer.kernels, parallel.optimizer.packing,
+parallel.optimizer.parameter_buffer, parallel.optimizer.spans and parallel.plan.
 """
 
 import lazy_loader

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from holdfast.parallel.optimizer.exchange.buckets import block_runs
-from holdfast.parallel.optimizer.parameter_buffer import Span, joined
+from holdfast.parallel.optimizer.spans import Span, joined
 from holdfast.parallel.plan import BlockKey, Plan
 
 

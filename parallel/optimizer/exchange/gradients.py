@@ -27,6 +27,7 @@ from holdfast.parallel.optimizer.exchange.buckets import Bucket, OwnedBucket, Ro
 from holdfast.parallel.optimizer.exchange.followers import FollowerRoutes
 from holdfast.parallel.optimizer.exchange.readiness import Readiness
 from holdfast.parallel.optimizer.exchange.wire import Wire, in_one
+from holdfast.parallel.optimizer.flat_values import FlatValues
 from holdfast.parallel.plan import MESSAGES_AHEAD, RECEIVED_BYTES, STAGED_BYTES
 
 
@@ -42,7 +43,7 @@ class GradientExchange:
         self,
         found: Routes,
         accumulator: GradientAccumulator,
-        gradients: Tensor,
+        gradients: FlatValues,
         comm: Communicator,
         wire: Wire,
         *,
@@ -59,7 +60,7 @@ class GradientExchange:
         self._comm, self._wire, self._overlap = comm, wire, overlap
         self._device = accumulator.sums.device
         self._ready = Readiness(self._device)
-        self._follows: tuple[FollowerRoutes, Tensor] | None = None
+        self._follows: tuple[FollowerRoutes, FlatValues] | None = None
         self._threads: list[threading.Thread] = []
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._following: list[Arrival] = []
@@ -67,7 +68,7 @@ class GradientExchange:
         self._flags: set[int] = set()
         self._sending: Callable[[], None] = lambda: None
 
-    def follow(self, routes: FollowerRoutes, gradients: Tensor) -> None:
+    def follow(self, routes: FollowerRoutes, gradients: FlatValues) -> None:
         """Send reduced gradients to followers too, and receive those of followed blocks. Local.
 
         Args:
@@ -150,7 +151,7 @@ class GradientExchange:
                     self._comm,
                     owner,
                     SHADOW_GRADIENTS.tag(row),
-                    [[gradients[span.start : span.stop] for span in spans]],
+                    [[gradients.part(span.start, span.stop) for span in spans]],
                 )
                 for owner, row, spans in routes.receives
             ]
@@ -245,7 +246,7 @@ class GradientExchange:
         start = 0
         for number, block in enumerate(owned.bucket.blocks, owned.begin):
             stop = start + block.elements
-            gradient = self._gradients[owned.start + start : owned.start + stop]
+            gradient = self._gradients.part(owned.start + start, owned.start + stop)
             self._squares[number] = self._accumulator.read(total[start:stop], gradient)
             start = stop
 
@@ -255,7 +256,7 @@ class GradientExchange:
             return
         row, gradients = owned.bucket.row, self._gradients
         for follower, spans in self._follows[0].sends[row]:
-            message = in_one([gradients[span.start : span.stop] for span in spans])
+            message = in_one([gradients.part(span.start, span.stop) for span in spans])
             yield self._comm.send(message, follower, SHADOW_GRADIENTS.tag(row))
 
 

@@ -2,8 +2,8 @@
 whose parameters are in memory only while they are used.
 
 May import parallel.comm, parallel.errors, parallel.optimizer.accumulator,
-parallel.optimizer.exchange, parallel.optimizer.parameter_buffer, parallel.plan and
-parallel.schedules.
+parallel.optimizer.exchange, parallel.optimizer.parameter_buffer, parallel.optimizer.spans,
+parallel.plan and parallel.schedules.
 """
 
 import lazy_loader

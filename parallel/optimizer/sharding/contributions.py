@@ -21,8 +21,9 @@ from holdfast.parallel.comm import CONTRIBUTIONS, Communicator, Handle
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange import beside
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.sharding.shares import kept_spans, layer_shares
+from holdfast.parallel.optimizer.spans import Span
 from holdfast.parallel.plan import (
     MESSAGES_AHEAD,
     Contribution,
@@ -112,7 +113,7 @@ class GradientSharing:
         self._orders = self._order(None)
         """Those of the step, or of the one before."""
         self._accumulator, self._comm, self._dtype = accumulator, comm, dtype
-        self._device = buffer.values.device
+        self._device = buffer.device
         self._layer_of = {p: layer for layer, found in shares.items() for p in found.parameters}
         self._pieces = {
             layer: {
@@ -358,7 +359,7 @@ def shared_gradients(
         dtype: that of gradients on the wire; None: their own.
     """
     if shards(plan, "gradients"):
-        return GradientSharing(plan, rank, buffer, accumulator, comm, dtype or buffer.values.dtype)
+        return GradientSharing(plan, rank, buffer, accumulator, comm, dtype or buffer.dtype)
     accumulator.keep(buffer.whole)
     return None
 

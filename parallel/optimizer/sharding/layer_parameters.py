@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from holdfast.parallel.comm import LAYERS, Communicator, Handle
 from holdfast.parallel.optimizer.exchange import ParameterArrival, in_one, spread
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.sharding.shares import LayerShares, layer_shares
+from holdfast.parallel.optimizer.spans import Span
 from holdfast.parallel.plan import (
     LAYERS_AHEAD,
     Plan,

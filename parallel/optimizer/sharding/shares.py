@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from holdfast.parallel.optimizer.exchange import placed_blocks, span_of
-from holdfast.parallel.optimizer.parameter_buffer import (
-    KeptSpans,
-    ParameterBuffer,
-    Segment,
-    Span,
-    joined,
-)
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
+from holdfast.parallel.optimizer.spans import KeptSpans, Span, joined
 from holdfast.parallel.plan import KeptKind, Plan, is_apart, keepers, shard_group
 
 

@@ -129,10 +129,10 @@ def logits_of(config: RunConfig, folder: Path, tokens: torch.Tensor) -> torch.Te
         seed=1,
     )
     buffer = ParameterBuffer(ours.rows())
-    weights = {s.spec.name: buffer.view(buffer.values, s) for s in buffer.segments}
+    weights = {s.spec.name: buffer.view(s) for s in buffer.segments}
     load(folder, weights)
     for segment in buffer.segments:
-        buffer.view(buffer.values, segment).copy_(weights[segment.spec.name])
+        buffer.view(segment).copy_(weights[segment.spec.name])
     return ours.logits(tokens)
 
 

@@ -14,8 +14,8 @@ from holdfast.parallel.optimizer.exchange.buckets import (
     gathering,
     routes,
 )
-from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.sharding.shares import kept_spans
+from holdfast.parallel.optimizer.spans import Span
 from holdfast.parallel.plan import KeptKind, Plan
 from holdfast.parallel.plan.cost import exchanged_bytes
 from holdfast.parallel.precision import PRECISIONS

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from holdfast.parallel.optimizer.parameter_buffer import KeptSpans, ParameterBuffer, Span
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.sharding.shares import kept_spans, layer_shares
+from holdfast.parallel.optimizer.spans import KeptSpans, Span
 from holdfast.parallel.plan import (
     KeptKind,
     Plan,
@@ -209,5 +210,5 @@ def test_a_buffer_of_a_share_has_no_memory_for_the_rest() -> None:
     part = ParameterBuffer(rows, keep=kept_spans(plan, 0, "parameters"))
     assert part.elements == whole.elements
     assert part.values.numel() <= 0.6 * whole.elements
-    found = sum(values.numel() for _, _, values in part.kept_rows(part.kept, part.values))
+    found = sum(values.numel() for _, _, values in part.kept_rows(part.kept, part.part))
     assert found == part.values.numel()

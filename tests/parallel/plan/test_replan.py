@@ -12,8 +12,8 @@ from hypothesis import given, settings, strategies as st
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.layout.stage_replicas import StageReplicas
 from holdfast.parallel.optimizer.exchange.followers import follower_routes
-from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.shadow_state import shadowed_blocks
+from holdfast.parallel.optimizer.spans import Span
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_block_transfers
 from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.parallel.plan.plan import Plan

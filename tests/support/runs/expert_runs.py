@@ -18,7 +18,6 @@ def train_counting(rank: int, world_size: int, store: Store, *, config: dict) ->
     """Train all steps on this rank. Returns of each step, by layer, the choices of each expert."""
     from holdfast.trainer.config import convert_config
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
@@ -27,7 +26,7 @@ def train_counting(rank: int, world_size: int, store: Store, *, config: dict) ->
     for step in range(run_config.train.steps):
         training.compute(step)
         outcome = training.vote(*training.reduce())
-        training.apply(rate_of(run_config, step))
+        training.apply(run_config.rate_of(step))
         found.append(outcome.loads)
     return found
 

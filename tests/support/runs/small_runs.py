@@ -50,7 +50,6 @@ def world_size_of(config: RunConfig) -> int:
 def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
     """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
@@ -60,7 +59,7 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
         training.compute(step)
         outcome = training.vote(*training.reduce())
         further.append([loss.hex() for loss in outcome.further_losses])
-        training.apply(rate_of(run_config, step))
+        training.apply(run_config.rate_of(step))
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
         layers.append(outcome.layer_norms)
@@ -81,7 +80,6 @@ def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict
     from holdfast.trainer.elastic.corruption import compare_copies
     from holdfast.trainer.elastic.state_recovery import fill_shadows
     from holdfast.trainer.step import build
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.worlds.world import local_world
 
     nodes = {r: f"node{r}" for r in range(world_size)}
@@ -95,7 +93,7 @@ def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict
     for step in range(run_config.train.steps):
         training.compute(step)
         losses.append(training.vote(*training.reduce()).loss.hex())
-        training.apply(rate_of(run_config, step))
+        training.apply(run_config.rate_of(step))
     kept = sum(block.stop - block.start for block in training.shadows.blocks)
     wrong = len(compare_copies(training, training.groups.world).corrupt)
     return losses, training.parameter_digest(), kept > 0, wrong

@@ -20,7 +20,7 @@ from holdfast.trainer.elastic.state_recovery import TrainingBuilder, fill_shadow
 from holdfast.trainer.elastic.transition import BETWEEN_STEPS, Transition, plan_transition
 from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import WorkerStatus, plan_recovery, status_to_data
-from holdfast.trainer.step import Training, open_training, rate_of
+from holdfast.trainer.step import Training, open_training
 from holdfast.trainer.worlds.world import local_world
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config
@@ -29,7 +29,7 @@ from support.runs.small_runs import make_config
 def do_step(training: Training, step: int) -> None:
     training.compute(step)
     training.vote(*training.reduce())
-    training.apply(rate_of(training.config, step))
+    training.apply(training.config.rate_of(step))
 
 
 def next_groups(training: Training, groups: Groups, number: int, store: Store) -> Groups:
@@ -183,7 +183,7 @@ def lose_a_rank_while_updating(
             groups.abort(reason)
 
     training.protect(fence)
-    training.apply(rate_of(training.config, 1), at)
+    training.apply(training.config.rate_of(1), at)
     training.protect(None)
     assert training.progress.updated == 2
     if lost:

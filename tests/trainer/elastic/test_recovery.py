@@ -31,7 +31,6 @@ from holdfast.trainer.step import (
     DeviceMemory,
     Requests,
     plan_of,
-    rate_of,
     room_of,
 )
 from support.processes.fake_clock import FakeClock
@@ -106,7 +105,7 @@ def test_a_step_that_was_decided_here_alone_is_finished_by_the_recovery(config: 
 
     made.membership.agree = remember  # type: ignore[method-assign,assignment]
     made.loop.run()
-    assert active[1].rates == [rate_of(config, 2)]
+    assert active[1].rates == [config.rate_of(2)]
     assert numbers(made.session) == [0, 1, 2, 3, 4, 5]
     assert made.session.changes[1].recovery.steps == 3
 

@@ -129,7 +129,7 @@ def test_a_resumed_step_skips_what_its_sums_include(rank: Rank) -> None:
     rank.begin(7)
     rank.backward(2)
     included = rank.step.included(losses(2))
-    sums = rank.accumulator.sums.clone()
+    sums = rank.accumulator.sums.one.clone()
     following = rank.under_the_next_plan()
     following.resume(7, included, rank.step)
     assert following.missing(7, MICRO_BATCHES) == {0, 1, 3}
@@ -137,9 +137,9 @@ def test_a_resumed_step_skips_what_its_sums_include(rank: Rank) -> None:
     rank.step = following
     assert rank.begin(7) is True
     rank.backward(2)
-    assert torch.equal(rank.accumulator.sums, sums)
+    assert torch.equal(rank.accumulator.sums.one, sums)
     rank.backward(3)
-    assert torch.equal(rank.accumulator.sums, 2 * sums)
+    assert torch.equal(rank.accumulator.sums.one, 2 * sums)
 
 
 def test_losses_of_an_interrupted_step_are_reported_again(rank: Rank) -> None:
@@ -166,12 +166,12 @@ def test_a_rank_without_the_sums_does_not_report_what_another_reports(rank: Rank
 def test_the_next_step_begins_with_empty_sums(rank: Rank) -> None:
     rank.begin(7)
     rank.backward(0)
-    sums = rank.accumulator.sums.clone()
+    sums = rank.accumulator.sums.one.clone()
     assert sums.any()
     rank.step.resume(7, rank.step.included(losses(0)), rank.step)
     assert rank.begin(8) is False
     rank.backward(0)
-    assert torch.equal(rank.accumulator.sums, sums)
+    assert torch.equal(rank.accumulator.sums.one, sums)
     assert rank.step.reported(losses(0)) == by_slice(losses(0), Slices())
 
 
@@ -213,7 +213,7 @@ def test_sums_stay_valid_in_a_smaller_replica(rank: Rank) -> None:
         whole.backward(micro_batch)
     alone.accumulator.finish()
     whole.accumulator.finish()
-    assert torch.equal(alone.accumulator.sums, whole.accumulator.sums)
+    assert torch.equal(alone.accumulator.sums.one, whole.accumulator.sums.one)
     assert alone.step.reported(losses(0, 1, 2, 3)) == by_slice(losses(0, 1, 2, 3), Slices())
     again = alone.step.included(losses(0, 1, 2, 3))
     assert set(again.values()) == {frozenset(range(MICRO_BATCHES))}

@@ -344,6 +344,24 @@ def merge_attention_bf16(out1: int, lse1: int, out2: int, lse2: int, rows: int, 
 def merge_attention_f64(out1: int, lse1: int, out2: int, lse2: int, rows: int, dim: int) -> None:
     """As merge_attention_f32, all of float64."""
 
+def swiglu_f32(gate_up: int, out: int, rows: int, width: int) -> None:
+    """out[r, i] = silu(gate_up[r, i]) * gate_up[r, width + i]; an element's bits depend on both.
+
+    Args:
+        gate_up: float32[rows, 2 * width].
+        out: float32[rows, width].
+    """
+
+def swiglu_backward_f32(
+    gradient: int, gate_up: int, out: int, by_gate_up: int, rows: int, width: int
+) -> None:
+    """The gradient by gate_up of swiglu_f32, from that by its result, which is written again.
+
+    Args:
+        gradient, out: float32[rows, width].
+        gate_up, by_gate_up: float32[rows, 2 * width].
+    """
+
 def permute_index(index: int, size: int, key: int) -> int:
     """The image of index under a keyed bijection of [0, size); key: unsigned 64 bits."""
 

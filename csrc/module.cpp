@@ -11,6 +11,7 @@
 #include "packing.h"
 #include "permutation.h"
 #include "philox.h"
+#include "swiglu.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -190,6 +191,20 @@ NB_MODULE(_native, module) {
   define_dropout<bfloat16>(module, "dropout_scale_bf16");
   define_dropout<double>(module, "dropout_scale_f64");
 
+  module.def(
+      "swiglu_f32",
+      [](Address gate_up, Address out, std::int64_t rows, std::int64_t width) {
+        swiglu(at<const float>(gate_up), at<float>(out), rows, width);
+      },
+      "gate_up"_a, "out"_a, "rows"_a, "width"_a, Unlocked());
+  module.def(
+      "swiglu_backward_f32",
+      [](Address gradient, Address gate_up, Address out, Address by_gate_up, std::int64_t rows,
+         std::int64_t width) {
+        swiglu_backward(at<const float>(gradient), at<const float>(gate_up), at<float>(out),
+                        at<float>(by_gate_up), rows, width);
+      },
+      "gradient"_a, "gate_up"_a, "out"_a, "by_gate_up"_a, "rows"_a, "width"_a, Unlocked());
   define_merge<float, float>(module, "merge_attention_f32");
   define_merge<bfloat16, float>(module, "merge_attention_bf16");
   define_merge<double, double>(module, "merge_attention_f64");

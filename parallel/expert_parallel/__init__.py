@@ -1,6 +1,6 @@
 """Experts: the routing of tokens, their exchange between ranks, and the products of each expert.
 
-May import parallel.comm, parallel.layout and parallel.pipeline.
+May import parallel.comm, parallel.layout, parallel.pipeline and _native.
 """
 
 import lazy_loader

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from holdfast.parallel.comm import Handle
 from holdfast.parallel.expert_parallel.products import Work, put_weight_gradients
 from holdfast.parallel.layout import GradientMark, LostGradient, SliceKey
-from holdfast.parallel.pipeline import Chunk, ExpertInput, ExpertTeam, WeightGradientQueue
+from holdfast.parallel.pipeline import (
+    Chunk,
+    ExpertInput,
+    ExpertInputs,
+    ExpertTeam,
+    WeightGradientQueue,
+)
 
 
 class _Expert(NamedTuple):
@@ -83,13 +89,19 @@ def _parts(lost: Sequence[LostGradient], slices: int) -> Iterator[list[LostGradi
 
 def _counts(lost: Sequence[LostGradient], team: ExpertTeam, device: torch.device) -> Tensor:
     """The rows of each gradient at each member: int64[members, gradients]."""
-    own = [
-        (_input(piece, team, device).experts == piece.expert).sum()
-        if team.index in piece.sources
-        else torch.zeros((), dtype=torch.int64, device=device)
-        for piece in lost
-    ]
-    here = torch.stack(own)
+    chosen = {
+        place: _inputs(team).of(*place).experts.to(device, non_blocking=True)
+        for place in {(piece.layer, piece.key) for piece in lost if team.index in piece.sources}
+    }
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    here = torch.stack(
+        [
+            (chosen[piece.layer, piece.key] == piece.expert).sum()
+            if team.index in piece.sources
+            else none
+            for piece in lost
+        ]
+    )
     found = [here]
     if team.group is not None:
         found = [torch.empty_like(here) for _ in team.sources]
@@ -111,9 +123,13 @@ class _Exchange:
         self._own = [place for place, piece in enumerate(work) if piece.host == team.index]
         self._work, self._sizes = work, counts[:, self._own].tolist()
         leaving: list[list[Tensor]] = [[] for _ in team.sources]
+        inputs: dict[SliceKey, ExpertInput] = {}
         for piece in work:
             if team.index in piece.sources:
-                leaving[piece.host].append(_rows(piece, team, like.device))
+                if piece.key not in inputs:
+                    kept = _inputs(team).of(piece.layer, piece.key)
+                    inputs[piece.key] = kept.moved(like.device)
+                leaving[piece.host].append(_rows(piece.expert, inputs[piece.key]))
         wide = like.new_empty(0, 2 * like.shape[1])
         sent = [torch.cat(rows) if rows else wide for rows in leaving]
         self._sent = self._arriving = sent  # what is sent stays until it has left
@@ -139,16 +155,14 @@ class _Exchange:
             put_weight_gradients(value, gradient, Work(piece.expert, (mark,)), matrices, queue)
 
 
-def _rows(piece: LostGradient, team: ExpertTeam, device: torch.device) -> Tensor:
-    """This rank's rows for an expert, each with the gradient of what it became: float[rows, 2
-    hidden]."""
-    found = _input(piece, team, device)
-    tokens, choices = (found.experts == piece.expert).nonzero(as_tuple=True)
+def _rows(expert: int, found: ExpertInput) -> Tensor:
+    """The rows of an expert, each with the gradient of what it became: float[rows, 2 hidden]."""
+    tokens, choices = (found.experts == expert).nonzero(as_tuple=True)
     weights = found.weights[tokens, choices].unsqueeze(1)
     gradient = found.gradient[tokens].to(weights.dtype) * weights
     return torch.cat([found.tokens[tokens], gradient.to(found.tokens.dtype)], 1)
 
 
-def _input(piece: LostGradient, team: ExpertTeam, device: torch.device) -> ExpertInput:
+def _inputs(team: ExpertTeam) -> ExpertInputs:
     assert team.inputs is not None
-    return team.inputs.of(piece.layer, piece.key).moved(device)
+    return team.inputs

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.parallel.expert_parallel.gated import swiglu, swiglu_backward
 from holdfast.parallel.layout import GradientMark
 from holdfast.parallel.pipeline import WeightGradientQueue
 
@@ -103,15 +103,13 @@ class _ExpertProducts(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, pieces: _Pieces, *own: Tensor) -> Tensor:
         hidden, width = rows.shape[1], own[0].shape[0] if own else 0
         found, wide = rows.new_empty(rows.shape[0], hidden), rows.new_empty(len(rows), width)
-        for piece, value, outputs, of_wide, gate, up in zip(
-            pieces.work,
-            *map(pieces.split, (rows, found, wide, *wide.chunk(2, -1))),
-            strict=True,
+        for piece, value, outputs, of_wide in zip(
+            pieces.work, *map(pieces.split, (rows, found, wide)), strict=True
         ):
             if len(value):
                 first = 2 * pieces.index_of[piece.expert]
                 torch.mm(value, own[first].t(), out=of_wide)
-                torch.mm(F.silu(gate).mul_(up), own[first + 1].t(), out=outputs)
+                torch.mm(swiglu(of_wide), own[first + 1].t(), out=outputs)
         ctx.save_for_backward(rows, wide, *own)
         ctx.pieces, ctx.parameters = pieces, own
         return found
@@ -124,17 +122,14 @@ class _ExpertProducts(torch.autograd.Function):
         by_rows, by_wide = torch.empty_like(rows), torch.empty_like(wide)
         gated_rows = wide.new_empty(wide.shape[0], wide.shape[1] // 2)
         found: list[Tensor | None] = [None] * len(own)
-        halves = (*wide.chunk(2, -1), *by_wide.chunk(2, -1))
-        for piece, of_rows, outputs, value, of_wide, gated, *of_halves in zip(
-            pieces.work,
-            *map(pieces.split, (by_rows, gradient.contiguous(), rows, by_wide, gated_rows)),
-            *map(pieces.split, halves),
-            strict=True,
+        of_pieces = (by_rows, gradient.contiguous(), rows, wide, by_wide, gated_rows)
+        for piece, of_rows, outputs, value, of_wide, by, gated in zip(
+            pieces.work, *map(pieces.split, of_pieces), strict=True
         ):
             first = 2 * pieces.index_of[piece.expert]
-            _gate_backward(torch.mm(outputs, own[first + 1]), gated, *of_halves)
-            torch.mm(of_wide, own[first], out=of_rows)
-            for index, output, input_ in ((first, of_wide, value), (first + 1, outputs, gated)):
+            swiglu_backward(torch.mm(outputs, own[first + 1]), of_wide, gated, by)
+            torch.mm(by, own[first], out=of_rows)
+            for index, output, input_ in ((first, by, value), (first + 1, outputs, gated)):
                 if not needed[index]:
                     continue
                 if pieces.queue.has_sink:
@@ -167,17 +162,6 @@ def put_weight_gradients(
     with torch.no_grad():
         wide = torch.mm(value, gate_up.t())
         gated, by_wide = value.new_empty(len(value), down.shape[1]), torch.empty_like(wide)
-        halves = (*wide.chunk(2, -1), *by_wide.chunk(2, -1))
-        _gate_backward(torch.mm(gradient, down), gated, *halves)
+        swiglu_backward(torch.mm(gradient, down), wide, gated, by_wide)
     queue.put(gate_up, (by_wide,), value, piece.marks)
     queue.put(down, (gradient,), gated, piece.marks)
-
-
-def _gate_backward(
-    gradient: Tensor, gated: Tensor, gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor
-) -> None:
-    """Write the gradients by `gate` and `up`, and SwiGLU's value to `gated`."""
-    activated = F.silu(gate)
-    torch.mul(activated, up, out=gated)
-    torch.mul(gradient, activated, out=by_up)
-    torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=by_gate)

@@ -48,6 +48,14 @@ for count in (0, 1, 5, 16, 33, 1000, 5003):
             digest.update(target.tobytes())
             getattr(n, "philox_normal_" + name)(target.ctypes.data, count, 5, 6, shift, 0.1, 0.7)
             digest.update(target.tobytes())
+        wide = (draw.standard_normal(2 * count + shift) * 9).astype(np.float32)[shift:]
+        back = np.zeros(2 * count + shift, np.float32)[shift:]
+        once = np.zeros(count + shift, np.float32)[shift:]
+        n.swiglu_f32(wide.ctypes.data, once.ctypes.data, 1, count)
+        digest.update(once.tobytes())
+        args = once.ctypes.data, wide.ctypes.data, once.ctypes.data, back.ctypes.data
+        n.swiglu_backward_f32(*args, 1, count)
+        digest.update(once.tobytes() + back.tobytes())
         packed = np.zeros(n.packed_bound(count) + shift, np.uint8)[shift:]
         for places in range(0, 64, 7):
             values = draw.integers(-(2**63), 2**63, count + shift)[shift:] >> places

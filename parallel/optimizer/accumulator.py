@@ -161,6 +161,10 @@ class GradientAccumulator:
         """The kept sums [start, stop): a view of `sums`."""
         return self.sums.part(start, stop)
 
+    def parts(self, spans: Iterable[Span]) -> list[Tensor]:
+        """The kept sums of spans, one after another: views."""
+        return self.sums.parts(spans)
+
     def skip(self, skipped: Skipped) -> None:
         """Add the gradients `skipped` not again, until `clear`."""
         self._skipped = skipped

@@ -69,6 +69,19 @@ class FlatValues:
             raise ValueError(f"elements {start} to {stop} are not kept here")
         return self.pieces[place].kept.of(self.tensors[place], start, stop)
 
+    def parts(self, spans: Iterable[Span]) -> list[Tensor]:
+        """The elements of spans, one after another: views, several of what is in several pieces."""
+        found = []
+        for span in spans:
+            start = span.start
+            while start < span.stop:
+                following = bisect_right(self._starts, start)
+                ends = self._starts[following : following + 1]
+                stop = min([span.stop, *ends])
+                found.append(self.part(start, stop))
+                start = stop
+        return found
+
     @property
     def dtype(self) -> torch.dtype:
         return self._none.dtype

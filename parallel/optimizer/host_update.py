@@ -51,8 +51,10 @@ class HostUpdate:
         """
         self._copied.clear()
         for first, last, span in runs:
-            there = self._device_gradients.part(span.start, span.stop)
-            self.gradients.part(span.start, span.stop).copy_(there, non_blocking=True)
+            both = self.gradients, self._device_gradients
+            pairs = zip(*(values.parts([span]) for values in both), strict=True)
+            for here, there in pairs:
+                here.copy_(there, non_blocking=True)
             if self._is_copy:
                 start = span.start
                 for place in self._places[first:last]:

@@ -154,6 +154,10 @@ class ParameterBuffer:
         """The kept parameters [start, stop), of one parameter or neighbours in a piece: a view."""
         return self._values.part(start, stop)
 
+    def parts(self, spans: Iterable[Span]) -> list[Tensor]:
+        """The kept parameters of spans, one after another: views."""
+        return self._values.parts(spans)
+
     def _take_over(self, other: ParameterBuffer) -> None:
         """Copy the parameters of another buffer of this rank that are here as well, elsewhere."""
         there = {segment.elements: segment for segment in other.segments}
@@ -206,3 +210,9 @@ class OwnedParameters:
         if beyond >= 0:
             return self._guests[beyond : beyond + stop - start]
         return self._buffer.part(start, stop)
+
+    def parts(self, spans: Sequence[Span]) -> list[Tensor]:
+        """The parameters of spans, one after another, all of guests or none: views."""
+        if spans[0].start >= self._buffer.elements:
+            return [self.part(span.start, span.stop) for span in spans]
+        return self._buffer.parts(spans)

@@ -210,7 +210,7 @@ memory: several places mean a copy at both ends, which costs more than a further
 def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]:
     """The blocks of each of an owner's buckets, by row: runs of neighbours with the same holders.
 
-    They are of one expert, or of none, and follow each other in memory, or are short. Pure.
+    They follow each other in memory, or are short. Pure.
 
     Args:
         elements: the size up to which blocks are joined.
@@ -224,9 +224,8 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
         spec, stage = plan.spec_of(block), plan.stage_of_layer(block.layer)
         tied = plan.tied_layers(block)
         apart = shards(plan, "gradients") and is_apart(plan, block, "gradients")
-        # What a rank has of an expert is a piece of its own (flat_values.py).
-        expert = None if spec.expert is None else (block.layer, spec.expert)
-        same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart, expert))
+        hosts = plan.holders(block) if spec.expert is not None else None
+        same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart, hosts))
         before = runs[-1][-1] if runs else block
         near = _follows(block, before) or max(block.elements, before.elements) < _LONG
         if runs and same and near and sizes[-1] + block.elements <= elements:

@@ -151,7 +151,7 @@ class GradientExchange:
                     self._comm,
                     owner,
                     SHADOW_GRADIENTS.tag(row),
-                    [[gradients.part(span.start, span.stop) for span in spans]],
+                    [gradients.parts(spans)],
                 )
                 for owner, row, spans in routes.receives
             ]
@@ -193,8 +193,7 @@ class GradientExchange:
 
     def _own_sums(self, bucket: Bucket) -> tuple[Tensor, bool]:
         """This rank's own sums of a bucket, flat, and whether they are a view of all sums."""
-        part = self._accumulator.part
-        uses = [[part(span.start, span.stop) for span in spans] for spans in bucket.uses]
+        uses = [self._accumulator.parts(spans) for spans in bucket.uses]
         total = in_one(uses[0])
         if len(uses) == 1:
             return total, len(uses[0]) == 1
@@ -256,7 +255,7 @@ class GradientExchange:
             return
         row, gradients = owned.bucket.row, self._gradients
         for follower, spans in self._follows[0].sends[row]:
-            message = in_one([gradients.part(span.start, span.stop) for span in spans])
+            message = in_one(gradients.parts(spans))
             yield self._comm.send(message, follower, SHADOW_GRADIENTS.tag(row))
 
 

@@ -114,8 +114,7 @@ def send_bucket(
     """Begin to send an owned bucket's parameters to their other keepers."""
     # Most peers lack the same blocks: blocks in several places are copied once for all of these.
     parts = {
-        spans: in_one([parameters.part(span.start, span.stop) for span in spans])
-        for spans in {spans for _, spans in found.sends[row]}
+        spans: in_one(parameters.parts(spans)) for spans in {spans for _, spans in found.sends[row]}
     }
     return [comm.send(parts[spans], peer, GATHERING.tag(row)) for peer, spans in found.sends[row]]
 
@@ -131,7 +130,7 @@ def receive_buckets(
                 comm,
                 bucket.owner,
                 GATHERING.tag(bucket.row),
-                [[buffer.part(span.start, span.stop) for span in use] for use in uses],
+                [buffer.parts(use) for use in uses],
             ),
         )
         for bucket, uses in found.receives

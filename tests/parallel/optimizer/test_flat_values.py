@@ -68,6 +68,16 @@ def test_a_part_of_two_pieces_is_refused() -> None:
         values.one  # noqa: B018
 
 
+def test_parts_of_spans_are_cut_where_pieces_end() -> None:
+    values = FlatValues(laid_out(None, 2, 3), ZEROS)
+    found = values.parts([Span(16, 48), Span(60, 68), Span(90, 96)])
+    assert [part.numel() for part in found] == [16, 16, 4, 4, 6]
+    assert found[1].data_ptr() == values.tensors[1].data_ptr()
+    assert values.parts([]) == []
+    with pytest.raises(ValueError, match="not kept here"):
+        values.parts([Span(90, 97)])
+
+
 def test_a_piece_with_gaps_gives_what_it_keeps() -> None:
     kept = KeptSpans([Span(8, 16), Span(32, 40)])
     values = FlatValues([Piece(None, kept)], lambda size: torch.arange(size))

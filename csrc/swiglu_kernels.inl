@@ -2,7 +2,7 @@
 namespace holdfast::HOLDFAST_ISA {
 
 // 1 / (1 + exp(-x)) for -87 <= x <= 87, else of the nearer end: off by 3 units in the last place at
-// most. exp(t) = 2^n exp(r) with a polynomial of degree 6 (as in Cephes' expf, Moshier 1989).
+// most. exp(t) = 2^n exp(r) with a polynomial of degree 7 (as in Cephes' expf, Moshier 1989).
 inline float sigmoid(float x) {
   float t = -x;
   t = t > 87.0f ? 87.0f : t;

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.layout import GradientMark, Slices
-from holdfast.parallel.optimizer.flat_values import FlatValues, Piece
+from holdfast.parallel.optimizer.flat_values import FlatValues, one_piece
 from holdfast.parallel.optimizer.kernels import (
     NONFINITE as NONFINITE,
     OUT_OF_RANGE as OUT_OF_RANGE,
@@ -133,17 +133,19 @@ class GradientAccumulator:
 
     def _lay_out(self, before: FlatValues | None) -> None:
         """Make the sums that are kept: zeros, or without memory; whole pieces are those before."""
-        pieces = [Piece(None, self.kept)] if self.kept.elements else []
-        if self.kept == self._buffer.whole:
-            pieces = self._buffer.pieces
-        make = torch.empty if self._released else torch.zeros
-        make = partial(make, dtype=self.sums.dtype, device=self.sums.device)
+        is_whole = self.kept == self._buffer.whole
+        pieces = self._buffer.pieces if is_whole else one_piece(self.kept)
+        dtype, device, made = self.sums.dtype, self.sums.device, list[Tensor]()
+
+        def make(elements: int) -> Tensor:
+            new = torch.empty if self._released else torch.zeros
+            made.append(new(elements, dtype=dtype, device=device))
+            return made[-1]
+
         self.sums = FlatValues(pieces, make, before)
         self._look_at_sums()  # before their memory is freed
-        known = () if before is None else before.tensors
-        for values in self.sums.tensors if self._released else ():
-            if not any(values is other for other in known):
-                values.untyped_storage().resize_(0)
+        for values in made if self._released else ():
+            values.untyped_storage().resize_(0)
 
     def _look_at_sums(self) -> None:
         own = [p for p in self._buffer.parameters if self.kept.elements and p not in self._shared]

@@ -8,7 +8,8 @@ neighbouring blocks travel without packing. Local; exact-mode safe.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class FlatValues:
             before: where it has a piece of the same name, its tensor is used.
         """
         self.pieces = tuple(pieces)
-        known = {} if before is None else dict(before.by_name())
+        known = {} if before is None else before._by_name()
         self.tensors: tuple[Tensor, ...] = tuple(
             known[piece.name] if piece.name in known else make(piece.kept.elements)
             for piece in self.pieces
@@ -53,10 +54,23 @@ class FlatValues:
         self._starts = [piece.kept.spans[0].start for piece in self.pieces]
         self._none = make(0)
 
-    def by_name(self) -> Iterator[tuple[Hashable, Tensor]]:
-        """The tensor of each piece."""
-        for piece, values in zip(self.pieces, self.tensors, strict=True):
-            yield piece.name, values
+    @classmethod
+    def zeros(
+        cls,
+        pieces: Sequence[Piece],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        before: FlatValues | None = None,
+        *,
+        pinned: bool = False,
+    ) -> FlatValues:
+        """Zeros, or the tensors of another plan; page-locked if `pinned`."""
+        make = partial(torch.zeros, dtype=dtype, device=device, pin_memory=pinned)
+        return cls(pieces, make, before)
+
+    def _by_name(self) -> dict[Hashable, Tensor]:
+        names = (piece.name for piece in self.pieces)
+        return dict(zip(names, self.tensors, strict=True))
 
     def part(self, start: int, stop: int) -> Tensor:
         """The elements [start, stop): a view.
@@ -101,6 +115,11 @@ class FlatValues:
         if len(self.tensors) > 1:
             raise ValueError(f"the values are in {len(self.tensors)} pieces")
         return self.tensors[0] if self.tensors else self._none
+
+
+def one_piece(kept: KeptSpans) -> list[Piece]:
+    """What is kept as a single piece, which is no other's; none if that is nothing. Pure."""
+    return [Piece(object(), kept)] if kept.elements else []
 
 
 def pieces_of(parts: Iterable[tuple[Hashable, int, ParameterSpec, int]]) -> list[Piece]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -75,23 +74,17 @@ class OwnedState:
             (block.key, block.block.layer, block.spec, block.block.elements) for block in blocks
         )
         zeros = {
-            kind: FlatValues(
+            kind: FlatValues.zeros(
                 pieces,
-                partial(
-                    torch.zeros,
-                    dtype=form.precision_of(kind).dtype,
-                    device=place,
-                    pin_memory=pinned,
-                ),
+                form.precision_of(kind).dtype,
+                place,
                 None if before is None else before.kinds[kind],
+                pinned=pinned,
             )
             for kind in form.saved
         }
-        gradients = FlatValues(
-            pieces,
-            partial(torch.zeros, dtype=form.dtype, device=device),
-            None if before is None else before.gradients,
-        )
+        known = None if before is None else before.gradients
+        gradients = FlatValues.zeros(pieces, form.dtype, device, known)
         guests = sum(block.block.elements for block in blocks if block.is_guest)
         parameters = OwnedParameters(buffer, guests)
         places = [Span(block.start, block.stop) for block in blocks]

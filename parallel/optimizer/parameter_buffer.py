@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.layout import Box, HeldRow, ParameterSpec
-from holdfast.parallel.optimizer.flat_values import FlatValues, Piece, pieces_of
+from holdfast.parallel.optimizer.flat_values import FlatValues, Piece, one_piece, pieces_of
 from holdfast.parallel.optimizer.spans import KeptSpans, Span
 
 ALIGNMENT_ELEMENTS = 64
@@ -89,12 +88,9 @@ class ParameterBuffer:
         self.whole = KeptSpans([Span(0, end)] if end else [])
         """All elements, padding included."""
         self.kept = self.whole if keep is None else keep(segments)
-        pieces = [Piece(None, self.kept)] if self.kept.elements else []
-        if keep is None:
-            pieces = self._pieces()
-        make = partial(torch.zeros, dtype=dtype, device=device)
+        pieces = self._pieces() if keep is None else one_piece(self.kept)
         old = None if before is None else before._values
-        self._values = FlatValues(pieces, make, old)
+        self._values = FlatValues.zeros(pieces, dtype, device, old)
         for parameter, (start, stop) in self._place.items() if keep is None else ():
             view = self._values.part(start, stop).view(parameter.shape)
             if filled:

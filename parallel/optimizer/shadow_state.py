@@ -23,7 +23,7 @@ from torch import Tensor
 from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.optimizer.exchange import follower_routes
 from holdfast.parallel.optimizer.fence import Fence
-from holdfast.parallel.optimizer.flat_values import FlatValues, Piece, pieces_of
+from holdfast.parallel.optimizer.flat_values import FlatValues, one_piece, pieces_of
 from holdfast.parallel.optimizer.owned_state import block_update
 from holdfast.parallel.optimizer.rules import (
     MASTER,
@@ -112,23 +112,18 @@ class ShadowCopies:
         )
 
         def zeros(dtype: torch.dtype, known: FlatValues | None) -> FlatValues:
-            make = partial(torch.zeros, dtype=dtype, device=place, pin_memory=pinned)
-            return FlatValues(pieces, make, known)
+            return FlatValues.zeros(pieces, dtype, place, known, pinned=pinned)
 
-        old = {} if before is None else before.kinds
+        gradients, kinds, rounded = None, {}, None
+        if before is not None:
+            gradients, kinds, rounded = before.gradients, before.kinds, before.rounded
         rounds = in_host_memory and form.precision.has_master
         return cls(
             blocks,
             step=torch.zeros((), dtype=torch.float32, device=device),
-            gradients=FlatValues(
-                pieces,
-                partial(torch.zeros, dtype=form.dtype, device=device),
-                None if before is None else before.gradients,
-            ),
-            kinds={kind: zeros(form.precision_of(kind).dtype, old.get(kind)) for kind in form.held},
-            rounded=zeros(form.precision.dtype, before.rounded if before else None)
-            if rounds
-            else None,
+            gradients=FlatValues.zeros(pieces, form.dtype, device, gradients),
+            kinds={k: zeros(form.precision_of(k).dtype, kinds.get(k)) for k in form.held},
+            rounded=zeros(form.precision.dtype, rounded) if rounds else None,
         )
 
     def carried_on(self, blocks: tuple[ShadowedBlock, ...]) -> ShadowCopies | None:
@@ -215,7 +210,7 @@ class ShadowState:
             largest = max(
                 (self.blocks[b - 1].stop - self.blocks[a].start for a, b in self._runs), default=0
             )
-            pieces = [Piece(None, KeptSpans([Span(0, largest)]))] if largest else []
+            pieces = one_piece(KeptSpans([Span(0, largest)]))
             self._staged = {
                 kind: FlatValues(
                     pieces,

@@ -137,9 +137,13 @@ class StepInFlight:
             return frozenset(range(micro_batches))
         return self._interrupted.missing(self._plan, micro_batches)
 
-    def lost_gradients(self, micro_batches: int) -> list[LostGradient]:
-        """The gradients of experts that this rank's team computes from inputs in this step."""
-        return self._interrupted.lost_gradients(self._plan, self._rank, micro_batches)
+    def lost_gradients(self, repeated: frozenset[int]) -> list[LostGradient]:
+        """The gradients of experts that this rank's team computes from inputs in this step.
+
+        Args:
+            repeated: the result of `missing`.
+        """
+        return self._interrupted.lost_gradients(self._plan, self._rank, repeated)
 
     def before_gradients(self, micro_batch: int) -> None:
         """Note that a micro-batch's gradients follow."""

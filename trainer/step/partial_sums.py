@@ -59,16 +59,18 @@ class InterruptedStep:
                     done &= found if of_row.expert is None else found | kept
         return frozenset(unit // self.slices for unit in units - done)
 
-    def lost_gradients(self, plan: Plan, rank: int, micro_batches: int) -> list[LostGradient]:
+    def lost_gradients(self, plan: Plan, rank: int, repeated: frozenset[int]) -> list[LostGradient]:
         """The gradients of experts that the rank's team computes again from inputs.
 
         Equal on all ranks of a team. Of an expert with several hosts, units go to these in turn.
+
+        Args:
+            repeated: the micro-batches that are computed again whole; those of `missing`.
         """
         place = plan.stage_replicas.find(rank)
         inputs = {} if place is None else self.inputs.get(place.pipeline, {})
         if not inputs:
             return []
-        repeated = self.missing(plan, micro_batches)
         members = {member: index for index, member in enumerate(plan.team_of_rank(rank))}
         here = {
             unit: tuple(members[source] for source in sources)

@@ -286,7 +286,7 @@ class Training:
         only, lost = self._only_of(step), list[LostGradient]()
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
-            lost = self._in_flight.lost_gradients(self._micro_batches_of(step))
+            lost = self._in_flight.lost_gradients(only)
         offers = self._programs.offers(only, lost)
         self.optimizer.begin_step(offers, lambda: at(step + 1, "exchange"), only)
         receiving = partial(at, step + 1, "prefetch")

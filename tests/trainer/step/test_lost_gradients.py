@@ -130,12 +130,12 @@ def test_each_gradient_is_there_or_computed_once(parallel: dict[str, Any], seed:
     for stage, of_stage in enumerate(after.stage_replicas.stages):
         teams = [after.team_ranks(stage)[number] for number in range(len(after.teams(stage)))]
         of_teams = [
-            [(piece, team) for piece in step.lost_gradients(after, team[0], MICRO_BATCHES)]
+            [(piece, team) for piece in step.lost_gradients(after, team[0], missing)]
             for team in teams
         ]
         for team, pieces in zip(teams, of_teams, strict=True):
             for rank in team:
-                alike = step.lost_gradients(after, rank, MICRO_BATCHES)
+                alike = step.lost_gradients(after, rank, missing)
                 assert alike == [piece for piece, _ in pieces]
         computed = [
             (piece.layer, piece.expert, piece.key[0] * SLICES + piece.key[1])

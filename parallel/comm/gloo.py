@@ -1,6 +1,6 @@
 """Communicators over gloo (TCP): one connection per group and peer, made at first use.
 
-Gradients and parameters have a connection for each direction. gloo sends a message once the
+Gradients, parameters and what all members exchange have a connection for each direction. gloo sends a message once the
 receiver's notice that it expects it has come, and on one connection that notice would wait behind
 all that the receiver is sending meanwhile: the link would stand idle for up to half of its time.
 
@@ -10,11 +10,14 @@ message under way, and an edit keeps the idle ones.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -254,13 +257,33 @@ def gloo_device(host: str) -> object:
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     try:
-        return _gloo_device(host, interface)
+        return _behind_computation(partial(_gloo_device, host, interface))
     except RuntimeError as error:
         raise HoldfastError(
             f"this rank cannot listen for others on {interface or 'the address that they see'}: "
             f"{first_line(error)}; check GLOO_SOCKET_IFNAME, and whether local ports are "
             "free (net.ipv4.ip_local_port_range)"
         ) from error
+
+
+def _behind_computation(make: Callable[[], object]) -> object:
+    """What `make` makes, whose threads never take a core from one that computes.
+
+    gloo's thread polls without pause while another has the connection's lock. Woken by each
+    message, it would stop that very thread, and those of other ranks: 5 % of a step of experts with
+    two ranks a core. Threads inherit the class of the one that begins them.
+    """
+    if not hasattr(os, "SCHED_BATCH"):  # not Linux
+        return make()
+
+    def in_class() -> object:
+        with contextlib.suppress(OSError):  # forbidden in some containers
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(in_class).result()
 
 
 def _gloo_device(host: str, interface: str) -> object:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, ReduceOp
-from holdfast.parallel.comm.tags import COLLECTIVES
+from holdfast.parallel.comm.tags import COLLECTIVES, EXCHANGES, TagRange
 from holdfast.parallel.errors import PeerLost, first_line
 
 SMALL_BYTES = 1 << 18
@@ -155,12 +155,16 @@ class PairwiseCommunicator:
         return self._exchange(outputs, [tensor] * self.size, "all_gather")
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
-        return self._exchange(outputs, inputs, "all_to_all")
+        return self._exchange(outputs, inputs, "all_to_all", EXCHANGES)
 
     def _exchange(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], operation: str
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        operation: str,
+        tags: TagRange = COLLECTIVES,
     ) -> Handle:
-        tag = self._next_tag()
+        tag = self._next_tag(tags)
         if outputs[self._index] is not inputs[self._index]:
             outputs[self._index].copy_(inputs[self._index])
         handles: list[Handle] = []
@@ -175,8 +179,8 @@ class PairwiseCommunicator:
                 handles.append(self._message(leaving, target, tag, operation, is_send=True))
         return Handles(handles)
 
-    def _next_tag(self) -> int:
-        tag = COLLECTIVES.wrapped(self._collectives)
+    def _next_tag(self, tags: TagRange = COLLECTIVES) -> int:
+        tag = tags.wrapped(self._collectives)
         self._collectives += 1
         return tag
 

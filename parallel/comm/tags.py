@@ -48,6 +48,9 @@ COLLECTIVES: Final = TagRange("the parts of collectives", 1 << 30, (1 << 30) + (
 HANDSHAKES: Final = TagRange(
     "handshakes of transports", (1 << 30) + (1 << 20), (1 << 30) + (2 << 20)
 )
+EXCHANGES: Final = TagRange(
+    "what all members send each other", (1 << 30) + (2 << 20), (1 << 30) + (3 << 20)
+)
 BREAKING: Final = TagRange("a receive that ends a connection", (1 << 31) - 1, 1 << 31)
 
 RANGES: Final = (
@@ -61,12 +64,13 @@ RANGES: Final = (
     LAYERS,
     COLLECTIVES,
     HANDSHAKES,
+    EXCHANGES,
     BREAKING,
 )
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
 
 
-_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS)
+_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS, EXCHANGES)
 
 
 def is_bulk(tag: int) -> bool:

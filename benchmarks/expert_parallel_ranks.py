@@ -31,6 +31,8 @@ class Sizes:
     tokens: int
     """Of each rank."""
     repetitions: int
+    preference: float = 0.0
+    """How much routers prefer the first experts to the last, in the logits."""
     flops_per_s: float = 0.0
     """Of a device that is emulated; 0: the products are computed here."""
 
@@ -72,6 +74,7 @@ def beside_deepspeed(
             **keys,
         )
         layer.set_deepspeed_parallelism()
+        layer.deepspeed_moe.gate.wg.weight.data.copy_(_router_weights(sizes))
         return _pass(lambda value: layer(value)[0], layer, sizes, rank)
 
     group = _group(store, nodes, rank, ranks)
@@ -158,6 +161,7 @@ def _ours(
     layer = Experts(model, design, 1, TensorParallel(None, False), WeightGradientQueue(), own)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
+    layer.router.data.copy_(_router_weights(sizes))
     team = ExpertTeam(group, tuple(range(group.size)), {1: hosts}, 1, joins)
     context = MicroBatchContext(0, group.index, True, None, experts=team)
 
@@ -167,11 +171,35 @@ def _ours(
     return forward, layer
 
 
+def _router_weights(sizes: Sizes) -> Tensor:
+    """float[experts, hidden]: the first value of each token, which is 1, meets the preferences."""
+    drawn = torch.Generator().manual_seed(7)
+    weights = 0.02 * torch.randn(sizes.experts, sizes.hidden, generator=drawn)
+    weights[:, 0] = torch.linspace(sizes.preference, -sizes.preference, sizes.experts)
+    return weights
+
+
+def largest_load(sizes: Sizes) -> float:
+    """The tokens of the expert that most of a rank's chose, over the mean: the largest of ranks."""
+    weights, found = _router_weights(sizes), 0
+    for rank in range(RANKS):
+        chosen = (_tokens(sizes, rank)[:, 0] @ weights.t()).topk(PER_TOKEN).indices
+        found = max(found, int(chosen.flatten().bincount(minlength=sizes.experts).max()))
+    return found * sizes.experts / (sizes.tokens * PER_TOKEN)
+
+
+def _tokens(sizes: Sizes, rank: int) -> Tensor:
+    drawn = torch.Generator().manual_seed(rank)
+    value = torch.randn(sizes.tokens, 1, sizes.hidden, generator=drawn)
+    value[..., 0] = 1
+    return value
+
+
 def _pass(
     forward: Callable[[Tensor], Tensor], layer: nn.Module, sizes: Sizes, rank: int
 ) -> Callable[[], None]:
-    drawn = torch.Generator().manual_seed(rank)
-    value = torch.randn(sizes.tokens, 1, sizes.hidden, generator=drawn).requires_grad_()
+    value = _tokens(sizes, rank).requires_grad_()
+    drawn = torch.Generator().manual_seed(RANKS + rank)
     gradient = torch.randn(sizes.tokens, 1, sizes.hidden, generator=drawn)
 
     def run() -> None:

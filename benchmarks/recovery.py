@@ -4,6 +4,7 @@ again.
 The same shape of model and batch under
 
 - holdfast, `elastic.enabled`: four data-parallel ranks, exact mode, one shadow per block;
+- the same with so wide an MLP that a step takes as long as one with experts;
 - holdfast with 16 experts over the four ranks, or over each two of them, of as much work for a
   token;
 - torchft, `manager.allreduce` over gloo: four replicas, each restarted when it has died, with the
@@ -35,6 +36,7 @@ from pathlib import Path
 from harness import Measurement, report
 from recovery_jobs import (
     EXPERTS,
+    LONG,
     LONGEST_S,
     RANKS,
     UNDISTURBED_STEPS,
@@ -84,6 +86,7 @@ def measure(
 
 CONTESTANTS = {
     "holdfast": holdfast,
+    "holdfast, longer steps": partial(holdfast, family=LONG),
     "holdfast, experts": partial(holdfast, family=EXPERTS, expert=RANKS),
     "holdfast, experts twice": partial(holdfast, family=EXPERTS, expert=RANKS // 2),
     "torchft": torchft,

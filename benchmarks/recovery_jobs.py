@@ -30,6 +30,8 @@ MODEL = {
     "vocab": 320,
 }
 DENSE = {"family": '"llama"'}
+LONG = DENSE | {"intermediate": 3 * MODEL["intermediate"]}
+"""A step of it takes about as long as one with experts: on a CPU, experts' few rows are slower."""
 EXPERTS = {
     "family": '"mixtral"',
     "experts": 16,

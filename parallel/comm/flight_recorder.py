@@ -325,13 +325,17 @@ class FlightRecorder:
         Args:
             since: the time at which the rank began to wait, if it did nothing else meanwhile.
         """
-        now = time.monotonic()
-        if since == since and threading.get_ident() == self._thread:
-            self.blocked_s += now - since
+        if since == since:
+            self.waited(since)
         at = _RING_AT + number % self._slots * _SLOT
         if self._words[at] == number:
-            self._times[at + _FINISHED] = now
+            self._times[at + _FINISHED] = time.monotonic()
             self._words[at + _OUTCOME] = 2 if failed else 1
+
+    def waited(self, since: float) -> None:
+        """Record that a wait is over in which the rank did nothing else: it began at `since`."""
+        if threading.get_ident() == self._thread:
+            self.blocked_s += time.monotonic() - since
 
     def record(self) -> FlightRecord:
         """The present content of the ring. Local."""

@@ -1,8 +1,9 @@
 """Communicators over gloo (TCP): one connection per group and peer, made at first use.
 
-Gradients, parameters and what all members exchange have a connection for each direction. gloo sends a message once the
-receiver's notice that it expects it has come, and on one connection that notice would wait behind
-all that the receiver is sending meanwhile: the link would stand idle for up to half of its time.
+Gradients, parameters and what all members exchange have a connection for each direction. gloo sends
+a message once the receiver's notice that it expects it has come, and on one connection that notice
+would wait behind all that the receiver is sending meanwhile: the link would stand idle for up to
+half of its time.
 
 Separate connections make aborts and membership changes cheap: an abort closes only those with a
 message under way, and an edit keeps the idle ones.
@@ -28,11 +29,11 @@ from holdfast.parallel.comm.flight_recorder import FlightRecorder
 from holdfast.parallel.comm.gloo_connection import (
     Connection,
     Handshake,
-    Message,
     Rendezvous,
     await_handshakes,
     in_thread,
 )
+from holdfast.parallel.comm.gloo_messages import Message, Messages
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
 from holdfast.parallel.comm.tags import is_bulk
@@ -234,6 +235,9 @@ class GlooCommunicator(PairwiseCommunicator):
             self._recorder.finished(number, failed=True)
             raise
         return message
+
+    def _together(self, handles: Sequence[Message]) -> Messages:
+        return Messages(handles)
 
     def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal

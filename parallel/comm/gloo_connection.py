@@ -14,21 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from holdfast.parallel.comm.flight_recorder import FlightRecorder
-from holdfast.parallel.comm.gloo_waits import InterruptibleWait
+from holdfast.parallel.comm.gloo_messages import ConnectionOwner, Message
 from holdfast.parallel.comm.p2p_collectives import lost
 from holdfast.parallel.comm.protocol import AbortSignal
 from holdfast.parallel.comm.tags import BREAKING, HANDSHAKES
 from holdfast.parallel.errors import PeerLost
 
 if TYPE_CHECKING:
-    from torch.distributed import Store, Work
+    from torch.distributed import Store
 
 _NOTHING = "-"
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 1e-2
@@ -104,86 +102,6 @@ class Rendezvous(dist.Store):
 
     def has_extended_api(self) -> bool:
         return False
-
-
-class ConnectionOwner(Protocol):
-    """The parts of a rank that its connections need."""
-
-    rank: int
-    recorder: FlightRecorder
-    signal: AbortSignal
-    timeout: timedelta
-    closing: list[threading.Thread]
-    """Threads that close connections; until one ends, gloo may write to its receive buffers."""
-
-    def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
-        """A process group of this rank and `peer`. Collective over both."""
-        ...
-
-
-class Message:
-    """One message under way on a connection; keeps its buffer alive."""
-
-    __slots__ = (
-        "connection",
-        "error",
-        "interruptible",
-        "is_send",
-        "number",
-        "operation",
-        "signal",
-        "tag",
-        "tensor",
-        "work",
-    )
-
-    def __init__(
-        self,
-        connection: Connection,
-        tensor: Tensor,
-        tag: int,
-        operation: str,
-        number: int,
-        *,
-        is_send: bool,
-    ) -> None:
-        self.connection = connection
-        self.tensor = tensor
-        self.tag = tag
-        self.operation = operation
-        self.is_send = is_send
-        self.number = number
-        self.signal = connection.mesh.signal
-        self.work: Work | None = None
-        self.interruptible: InterruptibleWait | None = None
-        """The wait for the message, once it has begun."""
-        self.error: BaseException | None = None
-
-    def wait(self) -> None:
-        recorder = self.connection.mesh.recorder
-        since = recorder.waiting(self.number)
-        try:
-            self.signal.check()
-            if self.work is None:
-                self.connection.wait_until_posted(self)
-            assert self.work is not None
-            self.interruptible = InterruptibleWait(self.work, self.connection.mesh.timeout)
-            # Read after the line above: the thread that closes the connection sets `is_closed`
-            # first and then looks for waits.
-            if self.connection.is_closed:
-                self.interruptible.cancel()
-            self.interruptible.wait()
-        except (RuntimeError, PeerLost) as error:
-            recorder.finished(self.number, failed=True, since=since)
-            raise self._lost(error) from error
-        recorder.finished(self.number, since=since)
-        self.connection.open.discard(self)
-
-    def _lost(self, error: BaseException) -> PeerLost:
-        self.signal.check()
-        if isinstance(error, PeerLost):
-            return error
-        return lost(self.operation, self.connection.name, self.connection.peer, error)
 
 
 class Connection:

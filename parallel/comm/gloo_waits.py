@@ -4,8 +4,9 @@ Measured on torch 2.13, and seen in gloo's source: when a connection is closed, 
 for messages that have not begun, but not the wait for one that was under way. That is a message of
 which a part has come or left, whatever its size: a network carries it in several packets, and it
 may follow others that fill the connection. It is also one that was to be written when the peer had
-closed the connection. So every message is waited for in a thread of its own, for some 10 us. The
-thread is abandoned when the connection is closed.
+closed the connection. So messages are waited for in a thread of their own, all of a collective in
+one, since each change of threads takes 10 us, and 100 us on busy cores. The thread is abandoned
+when a connection is closed.
 """
 
 from __future__ import annotations
@@ -13,46 +14,65 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 
 class InterruptibleWait:
-    """One wait for one Work. One thread calls `wait`; any thread may call `cancel`."""
+    """A wait for some Works, in turn. One thread calls `wait`; any thread may call `cancel`."""
 
-    def __init__(self, work: Any, timeout: timedelta) -> None:
-        self.work = work
-        self.timeout = timeout
+    def __init__(
+        self,
+        works: Sequence[Any],
+        timeout: timedelta,
+        begins: Callable[[int], object],
+        ends: Callable[[int], object],
+    ) -> None:
+        """Nothing is waited for yet.
+
+        Args:
+            timeout: of each work.
+            begins, ends: called, in another thread, with the position of each work before it is
+                waited for, and once it is done.
+        """
+        self._works, self._timeout = works, timeout
+        self._begins, self._ends = begins, ends
         self._over = threading.Event()
-        self._is_done = False
         self._error: BaseException | None = None
+        self.done = 0
+        """The works that are done."""
 
     def wait(self) -> None:
-        """Block until the work is done.
+        """Block until all works are done.
 
         Raises:
-            RuntimeError: the work failed, or the wait was cancelled; the work may then stay under
-                way for ever.
+            RuntimeError: the work after those that are done has failed, or the wait was cancelled;
+                works may then stay under way for ever.
         """
         thread = _WaitingThread.take()
         thread.asked.put(self)
         self._over.wait()
-        if self._error is not None:
-            thread.give_back()
-            raise self._error
-        if not self._is_done:
+        if self._error is None and self.done < len(self._works):
             raise RuntimeError("the connection has ended")
         thread.give_back()
+        if self._error is not None:
+            raise self._error
 
     def cancel(self) -> None:
-        """Give up the wait, once nothing can write to the work's memory any more."""
+        """Give up the wait, once nothing can write to the memory of one of the works any more."""
         self._over.set()
 
     def run(self) -> None:
-        """Wait for the work, in the thread taken for it."""
+        """Wait for the works, in the thread taken for them."""
         try:
-            self.work.wait(self.timeout)
-            self._is_done = True
+            for place, work in enumerate(self._works):
+                self._begins(place)
+                work.wait(self._timeout)
+                if self._over.is_set():
+                    return
+                self._ends(place)
+                self.done = place + 1
         except RuntimeError as error:
             self._error = error
         self._over.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,10 @@ class PairwiseCommunicator:
                 handles.append(self._message(incoming, source, tag, operation, is_send=False))
             if leaving.numel():
                 handles.append(self._message(leaving, target, tag, operation, is_send=True))
+        return self._together(handles)
+
+    def _together(self, handles: Sequence[Any]) -> Handle:
+        """Several messages as one operation."""
         return Handles(handles)
 
     def _next_tag(self, tags: TagRange = COLLECTIVES) -> int:

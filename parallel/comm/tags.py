@@ -6,6 +6,7 @@ receiver number the messages alike, from 0.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,11 +72,14 @@ RANGES: Final = (
 
 
 _BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS, EXCHANGES)
+_SORTED = sorted(RANGES, key=lambda found: found.first)
+_FIRSTS: Final = [found.first for found in _SORTED]
+_IS_BULK: Final = [found in _BULK for found in _SORTED]
 
 
 def is_bulk(tag: int) -> bool:
     """Whether messages of a tag's kind fill a link in both directions at once. Pure."""
-    return any(r.first <= tag < r.stop for r in _BULK)
+    return _IS_BULK[bisect_right(_FIRSTS, tag) - 1]
 
 
 def kind_of(tag: int) -> str:

@@ -78,7 +78,7 @@ def test_megatron_computes_what_transformers_does(
 
 
 def assert_computed(pool: Cluster, model: Any, folder: Path) -> dict[str, Tensor]:
-    """Convert the model in folder/hf; Megatron's logits of tokens are the model's.
+    """Convert the model in folder/hf; Megatron's logits of tokens are the model's, and it saves it.
 
     Returns:
         Megatron's weights, by its names.
@@ -91,7 +91,11 @@ def assert_computed(pool: Cluster, model: Any, folder: Path) -> dict[str, Tensor
         1,
         folder=str(folder / "megatron/release"),
         tokens=TOKENS.tolist(),
+        saved=str(folder / "theirs"),
     )
+    # What Megatron saves of it is the model, too.
+    converted(folder / "theirs", folder / "from theirs", "hf")
+    assert_equal(weights_of(folder / "from theirs"), weights_of(folder / "hf"))
     with torch.no_grad():
         expected: Tensor = model(TOKENS).logits
     torch.testing.assert_close(found[..., : expected.shape[-1]], expected, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ layers have, as Megatron's own layers give them for other attention.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,9 +89,13 @@ class _PlainAttention(torch.nn.Module):
 
 
 def logits(
-    rank: int, world_size: int, store: Store, *, folder: str, tokens: list[list[int]]
+    rank: int, world_size: int, store: Store, *, folder: str, tokens: list[list[int]], saved: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits of tokens, float[batch, seq, padded_vocab], and weights by Megatron's names."""
+    """The logits of tokens, float[batch, seq, padded_vocab], and weights by Megatron's names.
+
+    Args:
+        saved: a new folder, to which Megatron saves the model.
+    """
     from megatron.core import dist_checkpointing, tensor_parallel
 
     tensor_parallel.get_cuda_rng_tracker = _NoGenerators  # type: ignore[assignment]
@@ -102,6 +107,9 @@ def logits(
         sharded = {"model": model.sharded_state_dict(metadata=dict(metadata))}
         loaded: Any = dist_checkpointing.load(sharded, folder, strict="raise_unexpected")
         model.load_state_dict(loaded["model"])
+        Path(saved).mkdir()
+        told = {name: common[name] for name in ("args", "iteration", "checkpoint_version")}
+        dist_checkpointing.save({**sharded, **told}, saved, content_metadata=dict(metadata))
         ids = torch.tensor(tokens)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         # The layers that predict further tokens need labels, and change no logits.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +95,52 @@ def wait_for_silent_peer(rank: int, world_size: int, store: Any) -> str:
 def test_a_silent_peer_is_named(cluster: Cluster) -> None:
     message = cluster.run("test_comm:wait_for_silent_peer", 2)[0]
     assert "receive with rank 1 in group world" in message
+
+
+def exchange_with_silent_member(rank: int, world_size: int, store: Any) -> tuple[str, list[str]]:
+    comm = _group(rank, world_size, store, timeout_s=1.0)
+    inputs = [torch.ones(2) for _ in range(world_size)]
+    comm.all_to_all([torch.empty(2) for _ in range(world_size)], inputs).wait()
+    before, told = len(comm.history()), ""
+    if rank != 2:
+        try:
+            comm.all_to_all([torch.empty(2) for _ in range(world_size)], inputs).wait()
+        except PeerLost as error:
+            told = str(error)
+    store.set(f"given up {rank}", "1")
+    store.wait([f"given up {other}" for other in range(world_size)])
+    new = comm.history()[before:]
+    return told, [o.outcome for o in new if o.peer != 2]
+
+
+@pytest.mark.mp
+def test_the_silent_member_of_an_exchange_is_named(cluster: Cluster) -> None:
+    """Messages of the others before its own are done: they are waited for in turn."""
+    for rank, (told, outcomes) in enumerate(
+        cluster.run("test_comm:exchange_with_silent_member", 4)
+    ):
+        if rank != 2:
+            assert "all_to_all with rank 2 in group world" in told, (rank, told)
+            assert "failed" not in outcomes, (rank, outcomes)
+
+
+def classes_of_threads(rank: int, world_size: int, store: Any) -> tuple[int, set[int]]:
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # tests have another
+    comm = _group(rank, world_size, store)
+    comm.barrier()
+    of_gloo = {
+        os.sched_getscheduler(int(task.name))
+        for task in Path("/proc/self/task").iterdir()
+        if (task / "comm").read_text().startswith("gloo")
+    }
+    return os.sched_getscheduler(0), of_gloo
+
+
+@pytest.mark.mp
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the classes of threads are Linux's")
+def test_threads_of_gloo_take_no_core_from_those_that_compute(cluster: Cluster) -> None:
+    classes = cluster.run("test_comm:classes_of_threads", 2)
+    assert classes == [(os.SCHED_OTHER, {os.SCHED_BATCH})] * 2
 
 
 def failing(rank: int, world_size: int, store: Any) -> None:

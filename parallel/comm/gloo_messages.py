@@ -122,13 +122,19 @@ def wait_for(messages: Sequence[Message]) -> None:
         waited.wait()
     except (RuntimeError, PeerLost) as error:
         if waited is not None:
-            left = messages[waited.done :]
+            left = [*_end(messages, waited.done), at]  # that thread may just have ended the last
             at = next((message for message in left if message.connection.is_closed), left[0])
         recorder.finished(at.number, failed=True, since=since)
         raise at.lost(error) from error
     recorder.waited(since)
-    for message in messages:
+    _end(messages, len(messages))
+
+
+def _end(messages: Sequence[Message], done: int) -> Sequence[Message]:
+    """Forget messages that are done, whose connections are idle again. Returns the others."""
+    for message in messages[:done]:
         message.connection.open.discard(message)
+    return messages[done:]
 
 
 def _begin_to_wait(messages: Sequence[Message], recorder: FlightRecorder) -> InterruptibleWait:

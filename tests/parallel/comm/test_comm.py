@@ -97,7 +97,9 @@ def test_a_silent_peer_is_named(cluster: Cluster) -> None:
     assert "receive with rank 1 in group world" in message
 
 
-def exchange_with_silent_member(rank: int, world_size: int, store: Any) -> tuple[str, list[str]]:
+def exchange_with_silent_member(
+    rank: int, world_size: int, store: Any
+) -> tuple[str, list[str], set[tuple[str, int]]]:
     comm = _group(rank, world_size, store, timeout_s=1.0)
     inputs = [torch.ones(2) for _ in range(world_size)]
     comm.all_to_all([torch.empty(2) for _ in range(world_size)], inputs).wait()
@@ -107,21 +109,23 @@ def exchange_with_silent_member(rank: int, world_size: int, store: Any) -> tuple
             comm.all_to_all([torch.empty(2) for _ in range(world_size)], inputs).wait()
         except PeerLost as error:
             told = str(error)
+    idle = {(c.name, c.peer) for c in comm.mesh._connections.values() if c.is_idle}
     store.set(f"given up {rank}", "1")
     store.wait([f"given up {other}" for other in range(world_size)])
     new = comm.history()[before:]
-    return told, [o.outcome for o in new if o.peer != 2]
+    return told, [o.outcome for o in new if o.peer != 2], idle
 
 
 @pytest.mark.mp
 def test_the_silent_member_of_an_exchange_is_named(cluster: Cluster) -> None:
     """Messages of the others before its own are done: they are waited for in turn."""
-    for rank, (told, outcomes) in enumerate(
-        cluster.run("test_comm:exchange_with_silent_member", 4)
-    ):
+    results = cluster.run("test_comm:exchange_with_silent_member", 4)
+    for rank, (told, outcomes, _) in enumerate(results):
         if rank != 2:
             assert "all_to_all with rank 2 in group world" in told, (rank, told)
             assert "failed" not in outcomes, (rank, outcomes)
+    # Rank 0 has waited for a message from 3 and for one to 1: their connections can be kept.
+    assert results[0][2] >= {("world<", 3), ("world>", 1)}
 
 
 def classes_of_threads(rank: int, world_size: int, store: Any) -> tuple[int, set[int]]:

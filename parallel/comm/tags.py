@@ -71,18 +71,23 @@ RANGES: Final = (
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
 
 
-_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS, EXCHANGES)
-_SORTED = sorted(RANGES, key=lambda found: found.first)
-_FIRSTS: Final = [found.first for found in _SORTED]
-_IS_BULK: Final = [found in _BULK for found in _SORTED]
+_ASCENDING: Final = sorted(RANGES, key=lambda found: found.first)
+_FIRSTS: Final = [found.first for found in _ASCENDING]
+_BULK: Final = frozenset((REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS, EXCHANGES))
+_NAMED: Final = frozenset(RANGES[: RANGES.index(COLLECTIVES)])
 
 
 def is_bulk(tag: int) -> bool:
     """Whether messages of a tag's kind fill a link in both directions at once. Pure."""
-    return _IS_BULK[bisect_right(_FIRSTS, tag) - 1]
+    return _range_of(tag) in _BULK
 
 
 def kind_of(tag: int) -> str:
     """The kind of message of a tag; empty for the parts of collectives and of transports. Pure."""
-    named = (r.kind for r in RANGES[: RANGES.index(COLLECTIVES)] if r.first <= tag < r.stop)
-    return next(named, "")
+    found = _range_of(tag)
+    return found.kind if found is not None and found in _NAMED else ""
+
+
+def _range_of(tag: int) -> TagRange | None:
+    found = _ASCENDING[bisect_right(_FIRSTS, tag) - 1]
+    return found if found.first <= tag < found.stop else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +111,7 @@ def wait_for(messages: Sequence[Message]) -> None:
     if not messages:
         return
     at, recorder = messages[0], messages[0].connection.mesh.recorder
-    since = recorder.waiting(at.number)
+    since = time.monotonic()
     waited: InterruptibleWait | None = None
     try:
         at.signal.check()

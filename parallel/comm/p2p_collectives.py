@@ -246,7 +246,7 @@ class _AllReduceByDoubling:
         rows = min(distance, comm.size - distance)
         incoming, outgoing = self._parts[distance : distance + rows], self._parts[:rows]
         post = comm._message
-        return Handles(
+        return comm._together(
             (
                 post(incoming, source, self._tag, self._operation, is_send=False),
                 post(outgoing, target, self._tag, self._operation, is_send=True),

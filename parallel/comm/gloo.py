@@ -274,8 +274,8 @@ def _behind_computation(make: Callable[[], object]) -> object:
     """What `make` makes, whose threads never take a core from one that computes.
 
     gloo's thread polls without pause while another has the connection's lock. Woken by each
-    message, it would stop that very thread, and those of other ranks: 5 % of a step of experts with
-    two ranks a core. Threads inherit the class of the one that begins them.
+    message, it would stop that very thread, and those of other ranks: 5 % of a pass of a layer of
+    experts with two ranks a core. Threads inherit the class of the one that begins them.
     """
     if not hasattr(os, "SCHED_BATCH"):  # not Linux
         return make()

@@ -48,6 +48,7 @@ _MESSAGES: Mapping[str, Mapping[str, Any]] = {
     "committed": {"step": Count},
     "cut": {"seconds": Annotated[float, Meta(ge=0, le=1e9)]},
     "event": {"event": dict[str, Any]},
+    "examine": {"fully": bool},
     "finished": {},
     "generation": {
         "number": Count,
@@ -63,7 +64,8 @@ _MESSAGES: Mapping[str, Mapping[str, Any]] = {
     "queued": {},
     "waiting": {"line": str},
 }
-"""The kinds of messages and their fields. Workers send all of them, agents only "event"."""
+"""The kinds of messages and their fields. Agents send "event" and "examine", workers the others and
+"event"."""
 USUAL_S = 0.5
 """Seconds between two looks of a watcher that runs as it should."""
 STARVED_SHARE = 0.75

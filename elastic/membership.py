@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.distributed import Store
@@ -61,6 +62,7 @@ class Membership:
         spec: WorkerSpec,
         channel: socket.socket | None = None,
         *,
+        examine: Callable[[bool], None] = lambda _: None,
         store_timeout_s: float = STORE_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -69,6 +71,8 @@ class Membership:
 
         Args:
             channel: the channel to this worker's agent; None without an agent.
+            examine: called in another thread when the agent asks for evidence about this worker;
+                True: it is going to be killed, and all counts.
             store_timeout_s: the time-out of operations on `store`.
         Raises:
             MembershipError: another process reports as this worker.
@@ -93,7 +97,8 @@ class Membership:
         self._teller = Teller(self._quorum, spec.settings.call_s, self._log.hear)
         self._channel: WorkerChannel | None = None
         if channel is not None:
-            self._channel = WorkerChannel(channel, spec.liveness, self._hear)
+            hear = partial(self._hear, examine)
+            self._channel = WorkerChannel(channel, spec.liveness, hear)
             self._resources.callback(self._channel.close)
 
     def hush(self) -> None:
@@ -340,8 +345,11 @@ class Membership:
         if self._channel is not None:
             self._channel.send(kind, **fields)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _hear(self, examine: Callable[[bool], None], message: dict[str, Any]) -> None:
         """Handle a message of the agent, in the channel's thread."""
+        if message["kind"] == "examine":
+            examine(message["fully"])
+            return
         assert message["kind"] == "event", f"an agent sent a message {message['kind']!r}"
         event = event_from_data(message["event"])
         if event.kind == "agreeing":

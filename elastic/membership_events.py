@@ -18,7 +18,15 @@ from holdfast.parallel.reading import MALFORMED, Count, Text, of_kind, parse_jso
 logger = logging.getLogger("holdfast.membership")
 
 MembershipEventKind = Literal[
-    "ended", "silent", "disturbed", "agreeing", "joining", "leaving", "waiting"
+    "ended",
+    "silent",
+    "disturbed",
+    "agreeing",
+    "joining",
+    "leaving",
+    "waiting",
+    "suspected",
+    "examined",
 ]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
@@ -33,7 +41,8 @@ class MembershipEvent:
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot
     finish its step, and has come to agree. agreeing: it has come to agree after its step. joining:
     it waits to be admitted. leaving: it wants to hand its state over and leave. waiting: it has
-    waited for `peers` too long."""
+    waited for `peers` too long. suspected: its agent is going to kill it, and looks at it first.
+    examined: its agent has looked at it, and `cause` is the line of Python that it was in."""
     identity: Identity
     cause: Text
     """The cause, for a person."""
@@ -46,6 +55,9 @@ class MembershipEvent:
     """The generation that the event is about; 0: any generation with this worker."""
     peers: str = ""
     """The ranks that a waiting worker waits for, as `format_identities` writes them."""
+    evidence: Text = ""
+    """The name of the file of evidence about an examined worker, in the folder of incidents of the
+    run as `node` sees it."""
 
     @property
     def urgent(self) -> bool:

@@ -47,3 +47,19 @@ class WorkerSpec:
     def flight_record(self) -> Path:
         """The worker's flight record. Its agent reads it for waits that last too long."""
         return Path(self.folder) / f"{self.identity}.page"
+
+    @property
+    def stacks(self) -> Path:
+        """The file in which the worker's stacks appear on a signal; until it is there, the signal
+        would end the worker."""
+        return Path(self.folder) / f"{self.identity}.stacks"
+
+    @property
+    def testimony(self) -> Path:
+        """What the worker itself knows of its state, as its agent has asked for it."""
+        return Path(self.folder) / f"{self.identity}.testimony"
+
+    @property
+    def failure(self) -> Path:
+        """The evidence of the error that has ended the worker."""
+        return Path(self.folder) / f"{self.identity}.failure"

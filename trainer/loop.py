@@ -20,6 +20,7 @@ from holdfast.trainer.reports import (
     PhaseClock,
     Reporter,
     introduce,
+    note_operations,
     trace,
     workers_of,
 )
@@ -101,6 +102,9 @@ def train(
                 stop(parts, step + 1, outcome.requests)
                 return
         finish(parts, max(first, steps))
+    except Exception as error:
+        note_operations(error, training.groups.recorder)
+        raise
     finally:
         waits.close()
         signals.close()

@@ -37,9 +37,16 @@ from holdfast.parallel.links import (
     listen,
     until_answered,
 )
-from holdfast.parallel.output import Waiting, name_process, tell, tell_person
+from holdfast.parallel.output import (
+    Waiting,
+    name_process,
+    stacks_on_signal,
+    tell,
+    tell_person,
+)
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
+from holdfast.trainer.reports import keep_failure
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
 from holdfast.trainer.terms import own_terms, require_equal_terms
 from holdfast.trainer.worlds import WorldInfo
@@ -218,21 +225,34 @@ def run_worker(
     name_process(f"r{world.rank}")
     log_to_file(run, world.rank)
     logger.info("pid %d, %d workers", os.getpid(), world.world_size)
-    return _exit_code_of(body, config, run, world.rank, report if announce else None)
+
+    def keep(error: BaseException) -> None:
+        keep_failure(error, world.rank, run.incidents)
+
+    return _exit_code_of(body, config, run, world.rank, report if announce else None, keep)
 
 
 def run_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> int:
     """Run one worker of an elastic run and return the process's exit code."""
-    from holdfast.trainer.elastic import train_elastic_worker
+    from holdfast.trainer.elastic import leave_failure, train_elastic_worker
 
     name_process(f"r{spec.rank}")
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     run.error(spec.rank).unlink(missing_ok=True)  # it told of the end of the worker before
+    try:
+        stacks_on_signal(spec.stacks)
+    except OSError as error:
+        logger.warning("an agent cannot have the stacks of this worker: %s", error)
     return _exit_code_of(
-        lambda: train_elastic_worker(config, spec, channel, run), config, run, spec.rank, None
+        lambda: train_elastic_worker(config, spec, channel, run),
+        config,
+        run,
+        spec.rank,
+        None,
+        lambda error: leave_failure(error, spec, run.incidents),
     )
 
 
@@ -242,6 +262,7 @@ def _exit_code_of(
     run: RunDirectory,
     rank: int,
     report: Callable[[RankError], None] | None,
+    keep: Callable[[BaseException], None],
 ) -> int:
     """Call `body` and return the exit code of the process.
 
@@ -249,6 +270,7 @@ def _exit_code_of(
 
     Args:
         report: called with the reason of a failure, after it was written.
+        keep: keeps evidence of an error.
     """
     try:
         with nullcontext() if config.train.compile else torch_caches_in(run.log(rank).parent):
@@ -261,6 +283,7 @@ def _exit_code_of(
             logger.info("%s", error)
         else:
             logger.exception("this worker ends")
+            keep(error)
         reason = write_error(run, rank, error)
         if report is not None:
             report(reason)

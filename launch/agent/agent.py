@@ -34,7 +34,7 @@ from holdfast.elastic import (
 )
 from holdfast.elastic.agreement import AcceptorState
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.liveness import HangWatch
+from holdfast.launch.agent.guard import Guard
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
@@ -77,14 +77,8 @@ class Agent:
         self._fork_server = ForkServer(main, patience_s=settings.limits.hang_timeout_s)
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
-        self._hangs = HangWatch(
-            settings.node,
-            settings.limits,
-            stopped_s=settings.membership.silence_s,
-            read=settings.read_record,
-            clock=clock,
-        )
         self._main_thread = MainThreadQueue()
+        self._guard = Guard(settings, self._publish, self._main_thread.forwarding, clock)
         self.shutdown = Shutdown(interrupts=Interrupts(clock))
         self._standing = Standing(settings.apart_s, settings.ended)
         self._selector = selectors.DefaultSelector()
@@ -105,6 +99,7 @@ class Agent:
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
             held.callback(self._main_thread.close)
+            held.callback(self._guard.close)
             self._main_thread.on_signals(PASSED_ON, self._obey)
             self._selector.register(
                 self._main_thread, selectors.EVENT_READ, lambda _: self._main_thread.run_calls()
@@ -226,6 +221,7 @@ class Agent:
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self.shutdown.failed_with = end.code
+        self._guard.note_failure(slot, self._others.generation)
         self._publish(slot.event("ended", cause, liveness_age_s(slot.spec.liveness) or 0.0))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
@@ -283,12 +279,13 @@ class Agent:
 
     def _look_for_hangs(self) -> None:
         slots = self._slots.values()
-        self._hangs.look(slots)
-        causes = self._hangs.causes(slots, self._clock(), draining=self.shutdown.draining)
+        self._guard.hangs.look(slots)
+        causes = self._guard.hangs.causes(slots, self._clock(), draining=self.shutdown.draining)
         for rank, cause in causes.items():
-            self._slots[rank].kill(cause)
+            self._guard.fence(self._slots[rank], cause, self._others.generation)
+        self._guard.kill_due()
         others = [slot for slot in slots if slot.spec.rank not in causes]
-        for event in self._hangs.new_waits(others, self._others.generation):
+        for event in self._guard.hangs.new_waits(others, self._others.generation):
             logger.warning("rank %s %s", event.identity, event.cause)
             self._publish(event)
             waited_for = {identity.rank for identity in parse_identities(event.peers)}
@@ -327,7 +324,7 @@ class Agent:
                 self._restarts.committed(message["step"])
             case "agreeing":
                 slot.is_inside, slot.waits_for = False, frozenset()
-                self._hangs.has_left_its_step(slot.spec.identity)
+                self._guard.hangs.has_left_its_step(slot.spec.identity)
             case "waiting":
                 if slot.spec.rank == min(r for r, s in self._slots.items() if not s.is_inside):
                     tell_person(f"node {self._settings.node}: {message['line']}")
@@ -366,7 +363,7 @@ class Agent:
         if message["number"] <= self._others.generation:
             return
         members = parse_identities(message["members"])
-        self._hangs.enter(message["number"], members)
+        self._guard.hangs.enter(message["number"], members)
         for slot in self._slots.values():
             if slot.is_member and slot.spec.identity not in members:
                 slot.is_member, slot.left_out_s = False, self._clock()
@@ -379,7 +376,9 @@ class Agent:
 
     def _deliver(self, event: MembershipEvent) -> None:
         """Send an event to this node's workers, and act on events for this agent."""
-        self._hangs.hear(event, self._slots.values(), self._clock())
+        self._guard.hangs.hear(event, self._slots.values(), self._clock())
+        if event.kind == "suspected" and event.generation == self._others.generation:
+            self._guard.look_at_waiting(event, self._slots.values())
         message = {"kind": "event", "event": event_to_data(event)}
         for slot in self._slots.values():
             if slot.channel is not None:
@@ -388,14 +387,14 @@ class Agent:
                 continue
             # A worker that runs here and that others do not hear of is cut off, not hung.
             if event.kind == "silent" and not self._lives(event.identity):
-                slot.kill(event.cause)
+                self._guard.fence(slot, event.cause, self._others.generation)
 
     def _lives(self, identity: Identity) -> bool:
         """Whether a worker of this node has run lately; from any thread."""
         slot = self._slots.get(identity.rank)
         if slot is None or slot.spec.identity != identity:
             return False
-        return not self._hangs.is_still(slot.spec, self._settings.membership.silence_s)
+        return not self._guard.hangs.is_still(slot.spec, self._settings.membership.silence_s)
 
     # Signals, and the end.
 

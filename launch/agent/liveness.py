@@ -168,6 +168,11 @@ class HangWatch:
             if record is not None:
                 self._records[identity] = record
 
+    def waits_for(self, identity: Identity, rank: int) -> bool:
+        """Whether a worker waits for a rank, or for a whole group, by its own record."""
+        record = self._records.get(identity)
+        return record is not None and any(o.peer in (rank, -1) for o in record.waited_for)
+
     def is_still(self, spec: WorkerSpec, seconds: float) -> bool:
         """Whether a worker's interpreter has not run for longer than `seconds`."""
         watched, beat_s = self._watched.get(spec.identity), liveness_s(spec.liveness)

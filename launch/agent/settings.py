@@ -64,6 +64,8 @@ class AgentSettings:
     """Reads a worker's flight record, if there is one."""
     on_stranger: Callable[[str], None] | None = None
     """Called once, in another thread, with a sentence about the first connection of a stranger."""
+    incidents: Path | None = None
+    """The folder of the run's incidents as this node sees it, for evidence; None: none is kept."""
     folder: Path | None = None
     """The folder of acceptor states and liveness timestamps on this node; None: a temporary one."""
 

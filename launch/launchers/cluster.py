@@ -98,7 +98,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
         host = node.host if config.elastic.lighthouse else listening.getsockname()[0]
-        node = _enrolled(replace(node, log=run.log, host=host), run)
+        node = _enrolled(replace(node, log=run.log, incidents=run.incidents, host=host), run)
         _forget_earlier_starts(node)
         held.callback(start_display(config, run).close)
         agent = Agent(node, worker_main(config, run))
@@ -123,7 +123,9 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     answer, host = ask_first(world, config)
     run, lighthouse = told_run(answer)
     config = recorded_throughput(config, run.root)
-    node = _enrolled(replace(_task_settings(config, world), log=run.log, host=host), run)
+    node = _enrolled(
+        replace(_task_settings(config, world), log=run.log, incidents=run.incidents, host=host), run
+    )
     check_lighthouse(lighthouse, node.membership.secret)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))

@@ -147,6 +147,7 @@ def node_settings(
         node=node_name(ranks),
         machine=machine_identity(),
         log=run.log,
+        incidents=run.incidents,
         host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
         limits=HangLimits(elastic.hang_timeout_s, elastic.startup_grace_s),
         respawn=elastic.respawn,

@@ -13,9 +13,14 @@ from .groups import (
     Backend as Backend,
     Groups as Groups,
     build_groups as build_groups,
+    collectives_record as collectives_record,
     edit_groups as edit_groups,
     end_transports as end_transports,
     separate_group as separate_group,
+)
+from .last_operations import (
+    busy_text as busy_text,
+    last_operations as last_operations,
 )
 from .protocol import (
     Communicator as Communicator,

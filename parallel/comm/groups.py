@@ -6,13 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 import torch
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.gloo import GlooCommunicator, GlooMesh, gloo_device
-from holdfast.parallel.comm.nccl import NcclCommunicator
+from holdfast.parallel.comm.nccl import NcclCommunicator, nccl_record
 from holdfast.parallel.comm.protocol import AbortSignal, Communicator, MembershipChange
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "Groups",
     "NcclCommunicator",
     "build_groups",
+    "collectives_record",
     "edit_groups",
     "end_transports",
     "gloo_device",
@@ -157,6 +158,11 @@ def end_transports() -> None:
     """End what all ranks must end together: MPI, if it was used. Collective over all ranks."""
     if (mpi := sys.modules.get("holdfast.parallel.comm.mpi")) is not None:
         mpi.end()
+
+
+def collectives_record() -> Any:
+    """torch's own record of NCCL's operations, as it prints it; None if NCCL is not used. Local."""
+    return nccl_record() if torch.cuda.is_initialized() else None
 
 
 def separate_group(

@@ -22,6 +22,7 @@ from holdfast.parallel.comm.p2p_collectives import DONE, PairwiseCommunicator, l
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, MembershipChange, ReduceOp
 from holdfast.parallel.comm.tags import kind_of
 from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.reading import parse_json
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -236,3 +237,15 @@ class NcclCommunicator(PairwiseCommunicator):
             if pair not in renewed._channels
         }
         self._abort_all("its members changed")
+
+
+def nccl_record() -> Any:
+    """The operations in torch's flight recorder, as JSON values; None if there is no recorder.
+
+    Local; waits for no device. torch keeps the newest 2,000 unless TORCH_FR_BUFFER_SIZE says
+    otherwise.
+    """
+    native: Any = torch._C._distributed_c10d  # pyrefly: ignore
+    names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+    dump = next((getattr(native, name) for name in names if hasattr(native, name)), None)
+    return None if dump is None else parse_json(dump(onlyActive=True))

@@ -7,6 +7,9 @@ from .locks import (
 from .machine import (
     machine_identity as machine_identity,
 )
+from .memory_limits import (
+    memory_limits as memory_limits,
+)
 from .own_files import (
     create_file as create_file,
     open_added as open_added,

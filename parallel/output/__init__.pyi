@@ -8,6 +8,22 @@ from .console_log import (
 from .disk_queue import (
     DiskWord as DiskWord,
 )
+from .evidence import (
+    STACKS_SIGNAL as STACKS_SIGNAL,
+    Evidence as Evidence,
+    LastOperation as LastOperation,
+    ThreadStack as ThreadStack,
+    evidence_name as evidence_name,
+    frames_of_error as frames_of_error,
+    memory_of as memory_of,
+    native_stacks as native_stacks,
+    own_threads as own_threads,
+    parsed_stacks as parsed_stacks,
+    read_evidence as read_evidence,
+    stacks_on_signal as stacks_on_signal,
+    threads_of as threads_of,
+    write_evidence as write_evidence,
+)
 from .foreign_lines import (
     content_of as content_of,
     is_event as is_event,

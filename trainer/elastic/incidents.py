@@ -154,7 +154,8 @@ def _incident(
         "time": time.time(),
         **fields,
         "losses": lost,
-        "notices": [event_to_data(event) for event in heard],
+        "notices": [event_to_data(event) for event in heard if event.kind != "examined"],
+        "evidence": [_evidence(event) for event in heard if event.kind == "examined"],
         "before": _members(change.before),
         "after": _members(change.after),
         "agreed": {
@@ -168,6 +169,17 @@ def _incident(
         "plan_before": plan_to_data(change.plan_before),
         "plan_after": plan,
         "state_digest": digest,
+    }
+
+
+def _evidence(event: MembershipEvent) -> dict[str, Any]:
+    """Where the evidence about a worker is, and the line of Python that it was in."""
+    return {
+        "rank": event.identity.rank,
+        "incarnation": event.identity.incarnation,
+        "node": event.node,
+        "place": event.cause,
+        "file": event.evidence,
     }
 
 

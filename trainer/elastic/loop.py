@@ -26,6 +26,7 @@ from holdfast.trainer.elastic.run_terms import RunTerms
 from holdfast.trainer.elastic.saves import ElasticSaves
 from holdfast.trainer.elastic.session import ElasticSession
 from holdfast.trainer.elastic.state_recovery import TrainingBuilder
+from holdfast.trainer.elastic.testimony import testifying
 from holdfast.trainer.elastic.transfer_pace import MembershipPace
 from holdfast.trainer.elastic.transport import GroupTransport
 from holdfast.trainer.reports import EventFile
@@ -288,7 +289,7 @@ def train_elastic_worker(
     """
     gc.freeze()  # what is imported is not looked through after each change of plan
     with contextlib.ExitStack() as held:
-        membership = Membership(spec, channel)
+        membership = Membership(spec, channel, examine=testifying(spec))
         held.callback(membership.close)
         with contextlib.closing(EventFile(run.events, DiskWord(_telling(membership)))) as events:
             events.append(

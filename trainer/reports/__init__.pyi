@@ -5,6 +5,13 @@ from .checkpoint_events import (
 from .events import (
     EventFile as EventFile,
 )
+from .failure import (
+    device_facts as device_facts,
+    failure_evidence as failure_evidence,
+    is_failure as is_failure,
+    keep_failure as keep_failure,
+    note_operations as note_operations,
+)
 from .flops import (
     step_flops as step_flops,
 )

@@ -1,0 +1,25 @@
+from .native_stacks import (
+    native_stacks as native_stacks,
+)
+from .process_facts import (
+    memory_of as memory_of,
+    threads_of as threads_of,
+)
+from .record import (
+    Evidence as Evidence,
+    LastOperation as LastOperation,
+    MemoryFacts as MemoryFacts,
+    StackFrame as StackFrame,
+    ThreadFacts as ThreadFacts,
+    ThreadStack as ThreadStack,
+    evidence_name as evidence_name,
+    read_evidence as read_evidence,
+    write_evidence as write_evidence,
+)
+from .stacks import (
+    STACKS_SIGNAL as STACKS_SIGNAL,
+    frames_of_error as frames_of_error,
+    own_threads as own_threads,
+    parsed_stacks as parsed_stacks,
+    stacks_on_signal as stacks_on_signal,
+)

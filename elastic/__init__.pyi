@@ -7,6 +7,7 @@ from .channel import (
 )
 from .faults import (
     Fault as Fault,
+    FaultEffects as FaultEffects,
     FaultError as FaultError,
     FaultInjector as FaultInjector,
     ask_for as ask_for,
@@ -26,6 +27,7 @@ from .hang import (
     Suspicion as Suspicion,
     Wait as Wait,
     is_excused as is_excused,
+    overdue_s as overdue_s,
     wait_of as wait_of,
 )
 from .history import (

@@ -274,6 +274,19 @@ def is_excused(
     return since(accused.busy_ended_s) <= limit_s if accused.busy_ended_s else False
 
 
+def overdue_s(record: FlightRecord, since: Since, limits: HangLimits) -> float:
+    """Seconds for which a rank has been busy for longer than it said, and with no message; else 0.
+
+    Less than a wait may last counts as none. It hangs then, even if no rank waits for it: all may
+    be in the same call, of the same disk. A rank that itself waits for a message does not count.
+    """
+    if record.busy is None or record.waited_for:
+        return 0.0
+    times = (t for o in record.operations for t in (o.posted_s, o.finished_s) if not math.isnan(t))
+    over_s = since(max(record.busy_until_s, max(times, default=0.0)))
+    return over_s if over_s > limits.of(record) else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Suspicion:
     """A rank that the waits of one generation point at."""

@@ -19,6 +19,7 @@ from holdfast.elastic import (
     format_identities,
     is_excused,
     liveness_s,
+    overdue_s,
     wait_of,
 )
 from holdfast.launch.agent.worker_slot import WorkerSlot
@@ -201,6 +202,8 @@ class HangWatch:
                 cause = self._verdict(slot, watched, suspicion, now_s)
             if cause is None and is_inside and not slot.finished:
                 cause = self._at_work(slot, watched, now_s)
+            if cause is None and is_inside and not slot.finished:
+                cause = self._overdue(slot, watched)
             left_out = slot.left_out_s is not None and now_s - slot.left_out_s > LEFT_OUT_S
             if cause is None and left_out and not draining:
                 cause = "the others went on without it, and it has not ended"
@@ -226,6 +229,16 @@ class HangWatch:
             return None
         doing = f"it said that it would {record.busy}" if record.busy else "it computes"
         return f"hung: it has not left its step for {waited_s:.1f} s ({doing}), as {why}"
+
+    def _overdue(self, slot: WorkerSlot, watched: _Watched) -> str | None:
+        """The reason if a worker has been busy for longer than it said, waited for or not."""
+        record = self._records.get(slot.spec.identity)
+        if record is None or record.busy is None:
+            return None
+        late_s = overdue_s(record, watched.fair.since, self._limits)
+        if not late_s:
+            return None
+        return f"hung: it said that it would {record.busy}, and has done so {late_s:.1f} s too long"
 
     def _verdict(
         self, slot: WorkerSlot, watched: _Watched, suspicion: Suspicion, now_s: float

@@ -43,11 +43,20 @@ from holdfast.parallel.reading import read_regular
 Direction = Literal["send", "receive", "collective"]
 Outcome = Literal["open", "done", "failed"]
 BusyKind = Literal[
-    "build", "prepare", "load", "read", "save", "evaluate", "compare", "report", "offload"
+    "build",
+    "prepare",
+    "load",
+    "read",
+    "save",
+    "evaluate",
+    "compare",
+    "report",
+    "offload",
+    "compile",
 ]
 """Work that sends no message: build a training; prepare a change of ranks; load a checkpoint; read
 data; wait for a save; evaluate; compare or digest state; write records; wait for a drive that has
-activations or takes them."""
+activations or takes them; compile code for shapes that are new."""
 
 OPERATIONS = (
     "send",

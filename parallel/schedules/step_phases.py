@@ -30,9 +30,19 @@ TIMED_PHASES: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
 """The phases that every step has, in order."""
 
 FaultKind = Literal[
-    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+    "kill",
+    "stop",
+    "hold-lock",
+    "deadlock",
+    "stuck-disk",
+    "slow",
+    "exit",
+    "corrupt-memory",
+    "cut",
+    "fill-disk",
 ]
-"""kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every later step
-takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
-cut: the worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
+"""kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. deadlock: a message is
+awaited that never comes. stuck-disk: a write does not end. slow: every later step takes longer.
+exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips. cut: the
+worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from holdfast.elastic import faults
-from holdfast.elastic.faults import Fault, FaultInjector, ask_for
+from holdfast.elastic.faults import Fault, FaultEffects, FaultInjector, ask_for
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import LighthouseAway
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
@@ -92,8 +92,11 @@ def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector
         faults,
         asked=folder / "chaos.jsonl",
         note=lambda fault: done.append(f"note {fault.fault} at step {fault.step}"),
-        corrupt=lambda: done.append("corrupt"),
-        cut=lambda seconds: done.append(("cut", seconds)),
+        effects=FaultEffects(
+            corrupt=lambda: done.append("corrupt"),
+            cut=lambda seconds: done.append(("cut", seconds)),
+            deadlock=lambda: done.append("deadlock"),
+        ),
         disk=folder,
         signal_self=done.append,
         sleep=lambda seconds: done.append(("sleep", seconds)),
@@ -153,6 +156,7 @@ def test_every_kind_of_fault_is_told_and_done(
     happened: list[Any] = []
     monkeypatch.setattr("os._exit", lambda code: happened.append(("exit", code)))
     monkeypatch.setattr(faults, "fill_disk", lambda disk, seconds: happened.append(("full", disk)))
+    monkeypatch.setattr(faults, "write_without_end", happened.append)
     monkeypatch.setattr("ctypes.PyDLL", lambda name: SimpleNamespace(usleep=happened.append))
     for kind in FAULTS:
         made, done = injector(tmp_path, Fault(kind, rank=1, step=1, seconds=0.5))

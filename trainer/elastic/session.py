@@ -11,12 +11,14 @@ import torch
 
 from holdfast.elastic import (
     Fault,
+    FaultEffects,
     FaultInjector,
     Membership,
     MembershipEvent,
     WorkerSpec,
     fault_from_data,
 )
+from holdfast.parallel.comm import STATE_TRANSFER
 from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
@@ -61,8 +63,7 @@ class ElasticSession:
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
             asked=run.chaos,
             note=self._note_fault,
-            corrupt=self._corrupt,
-            cut=membership.cut_off,
+            effects=FaultEffects(self._corrupt, membership.cut_off, self._deadlock),
             disk=checkpoint_root(run.root, config),
         )
 
@@ -204,6 +205,12 @@ class ElasticSession:
         fields = asdict(fault)
         self._records.events.append("fault_injected", **fields)
         logger.warning("on purpose: %s", fields)
+
+    def _deadlock(self) -> None:
+        """Wait for a message of the next rank, which does not send it."""
+        control = self._parts().training.groups.control
+        peer = control.ranks[(control.index + 1) % control.size]
+        control.receive(torch.zeros(1), peer, STATE_TRANSFER.stop - 1).wait()
 
     def _corrupt(self) -> None:
         """Flip one bit of a block that this rank owns, or else shadows."""

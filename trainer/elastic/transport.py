@@ -19,7 +19,7 @@ from holdfast.parallel.comm import (
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.transition import Transition
-from holdfast.trainer.step import backend_of
+from holdfast.trainer.step import backend_of, mark_compilation
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class GroupTransport:
                 record_path=self._spec.flight_record,
                 votes_over_gloo=True,
             )
+            mark_compilation(self._config, groups.recorder)
         else:
             change = MembershipChange(
                 generation.number,

@@ -7,6 +7,7 @@ from .chunk import (
 from .compilation import (
     compile_regions as compile_regions,
     import_compiler as import_compiler,
+    mark_compiling as mark_compiling,
 )
 from .family import (
     FAMILIES as FAMILIES,

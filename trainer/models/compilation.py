@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 from time import perf_counter
@@ -47,6 +48,26 @@ def import_compiler() -> None:
         thread = threading.Thread(target=import_module, args=("torch._dynamo",))
         thread.start()
         thread.join()
+
+
+def mark_compiling(mark: Callable[[], AbstractContextManager[None]]) -> None:
+    """Have a mark made whenever torch compiles in this process from now on.
+
+    All of a run's shapes are compiled before its first step. A ramp of lengths has further ones.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    marks: list[AbstractContextManager[None]] = []
+
+    def begin(_: Any) -> None:
+        marks.append(mark())
+        marks[-1].__enter__()
+
+    def end(_: Any) -> None:
+        marks.pop().__exit__(None, None, None)
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
 
 
 def compiled(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

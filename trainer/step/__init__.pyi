@@ -8,6 +8,7 @@ from .build import (
     choose_device as choose_device,
     compile_model as compile_model,
     device_memory as device_memory,
+    mark_compilation as mark_compilation,
     open_training as open_training,
 )
 from .construction import (

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from holdfast.parallel.comm import Backend, build_groups
+from holdfast.parallel.comm import Backend, FlightRecorder, build_groups
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import Count
 from holdfast.trainer.config import RunConfig, machine_memory_bytes
-from holdfast.trainer.models import RegionSizes, compile_regions, family_of, import_compiler
+from holdfast.trainer.models import (
+    RegionSizes,
+    compile_regions,
+    family_of,
+    import_compiler,
+    mark_compiling,
+)
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds import WorldInfo
@@ -37,6 +43,7 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
         backend=backend_of(config, device),
         generation=plan.generation,
     )
+    mark_compilation(config, groups.recorder)
     return Training(config, world.rank, device, plan, groups)
 
 
@@ -69,6 +76,12 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
         device=device,
     )
     return compile_regions(regions(config.model, sizes), train.seed)
+
+
+def mark_compilation(config: RunConfig, recorder: FlightRecorder) -> None:
+    """Have this rank say in its flight record when it compiles. Once in a process; local."""
+    if config.train.compile:
+        mark_compiling(lambda: recorder.busy("compile", config.elastic.startup_grace_s))
 
 
 def backend_of(config: RunConfig, device: torch.device) -> Backend:

@@ -1,6 +1,6 @@
 """Evidence of a process that hangs or fails: its stacks, its state and memory, and one file of it.
 
-May import parallel.errors, parallel.files, parallel.reading and parallel.output.whole_files.
+May import parallel.files, parallel.reading and parallel.output.whole_files.
 """
 
 import lazy_loader

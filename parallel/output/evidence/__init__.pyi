@@ -8,9 +8,6 @@ from .process_facts import (
 from .record import (
     Evidence as Evidence,
     LastOperation as LastOperation,
-    MemoryFacts as MemoryFacts,
-    StackFrame as StackFrame,
-    ThreadFacts as ThreadFacts,
     ThreadStack as ThreadStack,
     evidence_name as evidence_name,
     read_evidence as read_evidence,

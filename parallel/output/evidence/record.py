@@ -15,6 +15,7 @@ from holdfast.parallel.reading import Count, Text, decode_json, read_regular
 Role = Literal["hung", "waiting", "failed"]
 """hung: it is going to be killed. waiting: it waits for one that is. failed: an error ends it."""
 _MOST_BYTES = 16 << 20
+_ANY_WAIT = ("/threading.py", "/queue.py", "/selectors.py", "/contextlib.py")
 _LongText = Annotated[str, Meta(max_length=1 << 18)]
 
 
@@ -24,6 +25,11 @@ class StackFrame(msgspec.Struct, frozen=True):
     file: Text
     line: int
     function: Text
+
+    @property
+    def place(self) -> str:
+        """The line for a person."""
+        return f"{self.file}:{self.line} in {self.function}"
 
 
 class ThreadStack(msgspec.Struct, frozen=True):
@@ -139,16 +145,15 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time."""
 
     @property
-    def innermost(self) -> StackFrame | None:
-        """The line of Python that the main thread is in, if it is known."""
-        found = (stack.frames[0] for stack in self.stacks[:1] if stack.frames)
-        return next(found, None)
-
-    @property
     def place(self) -> str:
-        """The line that the main thread is in, for a person; empty if it is not known."""
-        frame = self.innermost
-        return "" if frame is None else f"{frame.file}:{frame.line} in {frame.function}"
+        """The line that the main thread is in, for a person; empty if it is not known.
+
+        Lines of Python's own library in which any thread waits are passed over.
+        """
+        frames = self.stacks[0].frames if self.stacks else ()
+        telling = (frame for frame in frames if not frame.file.endswith(_ANY_WAIT))
+        frame = next(telling, frames[0] if frames else None)
+        return "" if frame is None else frame.place
 
 
 def evidence_name(role: Role, identity: str, at_s: float | None = None) -> str:

@@ -35,6 +35,7 @@ except KeyboardInterrupt:  # as in the command itself, and as early as can be
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "resume", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
+    "report": "report",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
     "convert": "convert",
     "generate": "text",

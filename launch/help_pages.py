@@ -39,6 +39,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast chaos runs/run-1 --rank 2 --step 50 --phase reduce",
         "holdfast chaos runs/run-1 --every 30 --count 0",
     ),
+    "report": ("holdfast report runs/run-1 --text",),
     "inspect": ("holdfast inspect runs/run-1 --tensors", "holdfast inspect start --json"),
     "verify": ("holdfast verify runs/run-1", "holdfast verify s3://bucket/run --json"),
     "diff": ("holdfast diff runs/run-1 runs/run-2",),

@@ -27,7 +27,6 @@ from holdfast.elastic import (
     cut_network,
     event_from_data,
     event_to_data,
-    liveness_age_s,
     parse_identities,
     receive_message,
     send_message,
@@ -188,8 +187,7 @@ class Agent:
         self.shutdown.code = Stopped.exit_code
         for slot in self._slots.values():
             if slot.pid:
-                age_s = liveness_age_s(slot.spec.liveness) or 0.0
-                self._publish(slot.event("ended", cause, age_s))
+                self._publish(slot.event("ended", cause, slot.silent_s))
                 self._others.report_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s, slot.is_inside = 0, None, False
 
@@ -222,7 +220,7 @@ class Agent:
         if end.code > 0:
             self.shutdown.failed_with = end.code
         self._guard.note_failure(slot, self._others.generation)
-        self._publish(slot.event("ended", cause, liveness_age_s(slot.spec.liveness) or 0.0))
+        self._publish(slot.event("ended", cause, slot.silent_s))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
             self._others.report_on_behalf_of(slot.spec, cause)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from holdfast.elastic import Identity, MembershipEvent, send_message
+from holdfast.elastic import Identity, MembershipEvent, liveness_s, send_message
 from holdfast.launch.agent.examination import LOOK_S, Examiner, Findings
 from holdfast.launch.agent.liveness import HangWatch
 from holdfast.launch.agent.settings import AgentSettings
@@ -14,6 +14,8 @@ from holdfast.launch.agent.worker_slot import WorkerSlot
 
 logger = logging.getLogger("holdfast.agent")
 
+_STILL_S = 0.5
+"""Seconds without a sign of life after which a worker is still."""
 _LATE_S = 0.25
 """Seconds beyond `LOOK_S` after which a worker is killed, whatever was found."""
 
@@ -58,6 +60,9 @@ class Guard:
         identity = slot.spec.identity
         if identity in self._condemned or slot.killed_for or slot.descriptor < 0:
             return
+        beat_s = liveness_s(slot.spec.liveness)
+        if beat_s is not None and time.monotonic() - beat_s > _STILL_S:
+            slot.still_since_s = beat_s
         if not self._look_at(slot, cause, is_hung=True):
             slot.kill(cause)
             return

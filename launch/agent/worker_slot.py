@@ -7,10 +7,11 @@ import logging
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Set
 from dataclasses import dataclass
 
-from holdfast.elastic import MembershipEvent, MembershipEventKind, WorkerSpec
+from holdfast.elastic import MembershipEvent, MembershipEventKind, WorkerSpec, liveness_age_s
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -47,17 +48,27 @@ class WorkerSlot:
     """Whether its worker has said that others have its state, as it was told to leave."""
     killed_for: str = ""
     """The reason for which its worker was killed."""
+    still_since_s: float | None = None
+    """The time at which its worker last ran, if it was still as it was condemned: a look at it may
+    have let it run since."""
 
     def begin(self) -> None:
         """Forget the last worker, as the next one has been asked for."""
         self.pid, self.killed_for, self.start_at_s = -1, "", None
         self.is_member, self.is_inside, self.left_out_s = False, False, None
-        self.waits_for, self.is_incurable = frozenset(), False
+        self.waits_for, self.is_incurable, self.still_since_s = frozenset(), False, None
         self.finished = self.has_left = False
 
     def event(self, kind: MembershipEventKind, cause: str, seconds: float) -> MembershipEvent:
         """An event of its worker; for `seconds` see `MembershipEvent.age_s`."""
         return MembershipEvent(kind, self.spec.identity, cause, seconds, self.spec.node)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since its worker last ran; 0 if it never has."""
+        if self.still_since_s is not None:
+            return time.monotonic() - self.still_since_s
+        return liveness_age_s(self.spec.liveness) or 0.0
 
     def hang_up(self, selector: selectors.BaseSelector) -> None:
         """Close the worker's channel, if it is open, and forget it in the agent's selector."""

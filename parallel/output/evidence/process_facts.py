@@ -62,7 +62,7 @@ def _call(pid: int, folder: Path) -> str:
     words = _text(folder / "syscall").split()
     if len(words) < 3 or not words[0].isdigit():
         return ""
-    name = _CALLS.get(_MACHINE, {}).get(int(words[0]), f"system call {words[0]}")
+    name = _CALLS.get(_MACHINE, {}).get(int(words[0]), f"number {words[0]}")
     if name in _OF_A_FILE:
         try:
             return f"{name} of {os.readlink(_PROC / str(pid) / 'fd' / str(int(words[1], 16)))}"

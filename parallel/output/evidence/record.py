@@ -145,15 +145,16 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time."""
 
     @property
-    def place(self) -> str:
-        """The line that the main thread is in, for a person; empty if it is not known.
-
-        Lines of Python's own library in which any thread waits are passed over.
-        """
+    def telling(self) -> tuple[StackFrame, ...]:
+        """The lines that the main thread is in, without those of Python's own library in which any
+        thread waits; all if there are no others."""
         frames = self.stacks[0].frames if self.stacks else ()
-        telling = (frame for frame in frames if not frame.file.endswith(_ANY_WAIT))
-        frame = next(telling, frames[0] if frames else None)
-        return "" if frame is None else frame.place
+        return tuple(f for f in frames if not f.file.endswith(_ANY_WAIT)) or frames
+
+    @property
+    def place(self) -> str:
+        """The innermost of these lines, for a person; empty if it is not known."""
+        return next((frame.place for frame in self.telling), "")
 
 
 def evidence_name(role: Role, identity: str, at_s: float | None = None) -> str:

@@ -56,8 +56,8 @@ class MembershipEvent:
     peers: str = ""
     """The ranks that a waiting worker waits for, as `format_identities` writes them."""
     evidence: Text = ""
-    """The name of the file of evidence about an examined worker, in the folder of incidents of the
-    run as `node` sees it."""
+    """The name of the file of evidence about a suspected or examined worker, in the folder of the
+    run's incidents as `node` sees it."""
 
     @property
     def urgent(self) -> bool:

@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from holdfast.elastic import WorkerSpec
+from holdfast.elastic import Identity, WorkerSpec
 from holdfast.launch.agent.liveness import is_stopped, record_of
 from holdfast.parallel.comm import busy_text, last_operations
 from holdfast.parallel.output import (
-    STACKS_SIGNAL,
     Evidence,
     ThreadStack,
+    ask_for_stacks,
     evidence_name,
     memory_of,
     native_stacks,
@@ -61,8 +61,12 @@ class Subject:
     """A pidfd of its own, which the end of the look closes."""
     is_hung: bool
     """Whether it is going to be killed; otherwise it waits for such a worker."""
+    about: Identity
+    """The worker that is going to be killed."""
     reason: str
     node: str
+    name: str
+    """The name of the file of evidence."""
 
 
 class Findings(NamedTuple):
@@ -101,6 +105,7 @@ def look_at(subject: Subject, clock: Callable[[], float] = time.monotonic) -> Ev
         node=subject.node,
         pid=subject.pid,
         reason=subject.reason,
+        about=str(subject.about),
         generation=record.generation if record is not None else 0,
         step=record.step if record is not None else 0,
         busy=busy_text(record, now_s) if record is not None else "",
@@ -140,9 +145,7 @@ def _stacks_by_signal(
         return ()
     header, stacks, size = before.partition(b"\n")[0] + b"\n", tuple[ThreadStack, ...](), -1
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(subject.descriptor, STACKS_SIGNAL)
-        if is_stopped:
-            signal.pidfd_send_signal(subject.descriptor, signal.SIGCONT)
+        ask_for_stacks(subject.pid, subject.descriptor, is_stopped=is_stopped)
         while clock() < end_s:
             time.sleep(_POLL_S)
             content = _content(path)
@@ -178,24 +181,33 @@ class Examiner:
         self._folder, self._node, self._report = folder, node, report
         self._threads: list[threading.Thread] = []
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a place for what is found."""
+        return self._folder is not None
+
     def begin(
-        self, spec: WorkerSpec, pid: int, descriptor: int, *, is_hung: bool, reason: str
-    ) -> bool:
+        self, spec: WorkerSpec, pid: int, descriptor: int, *, about: Identity, reason: str
+    ) -> str:
         """Begin to look at a worker that has been asked for its testimony.
 
         Args:
             descriptor: its pidfd, which stays the caller's.
+            about: the worker that is going to be killed: it, or one that it waits for.
         Returns:
-            Whether a report follows, unless the machine prevents it.
+            The name of the file of what is found, of which a report follows, unless the machine
+            prevents that; empty if it is not looked at.
         """
         if self._folder is None:
-            return False
+            return ""
         try:
             own = os.dup(descriptor)
         except OSError:
-            return False
-        subject = Subject(spec, pid, own, is_hung, reason, self._node)
-        return self._start(lambda: self._look(subject))
+            return ""
+        is_hung = about == spec.identity
+        name = evidence_name("hung" if is_hung else "waiting", str(spec.identity))
+        subject = Subject(spec, pid, own, is_hung, about, reason, self._node, name)
+        return name if self._start(lambda: self._look(subject)) else ""
 
     def keep(self, spec: WorkerSpec) -> Findings | None:
         """Keep the evidence that a worker left of its failure; None if it left none."""
@@ -205,7 +217,8 @@ class Examiner:
             left = read_evidence(spec.failure)
         except (OSError, ValueError):
             return None
-        findings = self._named(spec, msgspec.structs.replace(left, node=self._node))
+        told = msgspec.structs.replace(left, node=self._node, about=str(spec.identity))
+        findings = Findings(spec, told, evidence_name("failed", str(spec.identity)))
         self._start(lambda: self._write(findings))
         return findings
 
@@ -227,12 +240,9 @@ class Examiner:
 
     def _look(self, subject: Subject) -> None:
         with _closing(subject.descriptor):
-            findings = self._named(subject.spec, look_at(subject))
+            findings = Findings(subject.spec, look_at(subject), subject.name)
             self._report(findings)
         self._write(findings)
-
-    def _named(self, spec: WorkerSpec, evidence: Evidence) -> Findings:
-        return Findings(spec, evidence, evidence_name(evidence.role, str(spec.identity)))
 
     def _write(self, findings: Findings) -> None:
         assert self._folder is not None

@@ -63,12 +63,17 @@ class Guard:
         beat_s = liveness_s(slot.spec.liveness)
         if beat_s is not None and time.monotonic() - beat_s > _STILL_S:
             slot.still_since_s = beat_s
-        if not self._look_at(slot, cause, is_hung=True):
+        name = self._look_at(slot, cause, identity)
+        if not name:
             slot.kill(cause)
             return
         logger.warning("rank %s is looked at before it is killed: %s", identity, cause)
         self._condemned[identity] = (slot, cause, self._clock() + LOOK_S + _LATE_S)
-        self._publish(MembershipEvent("suspected", identity, cause, 0.0, self._node, generation))
+        self._publish(
+            MembershipEvent(
+                "suspected", identity, cause, 0.0, self._node, generation, evidence=name
+            )
+        )
 
     def kill_due(self) -> None:
         """Kill the workers that have been looked at for too long."""
@@ -91,7 +96,7 @@ class Guard:
         for slot in slots:
             other = slot.spec.identity != event.identity and slot.is_inside
             if other and self.hangs.waits_for(slot.spec.identity, event.identity.rank):
-                self._look_at(slot, f"it waits for rank {event.identity}", is_hung=False)
+                self._look_at(slot, f"it waits for rank {event.identity}", event.identity)
 
     def note_failure(self, slot: WorkerSlot, generation: int) -> None:
         """Keep and tell of the evidence that an ended worker has left, if it has."""
@@ -103,12 +108,12 @@ class Guard:
         """Wait for what is still written, for a short time."""
         self._examiner.close()
 
-    def _look_at(self, slot: WorkerSlot, reason: str, *, is_hung: bool) -> bool:
+    def _look_at(self, slot: WorkerSlot, reason: str, about: Identity) -> str:
         slot.spec.testimony.unlink(missing_ok=True)
-        if slot.channel is not None:
-            send_message(slot.channel, {"kind": "examine", "fully": is_hung})
+        if slot.channel is not None and self._examiner.keeps:
+            send_message(slot.channel, {"kind": "examine", "fully": about == slot.spec.identity})
         return self._examiner.begin(
-            slot.spec, slot.pid, slot.descriptor, is_hung=is_hung, reason=reason
+            slot.spec, slot.pid, slot.descriptor, about=about, reason=reason
         )
 
     def _report(self, findings: Findings) -> None:

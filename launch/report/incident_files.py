@@ -14,6 +14,8 @@ from holdfast.parallel.output import Evidence, read_evidence
 from holdfast.parallel.reading import Count, Text, decode_json, read_regular
 from holdfast.trainer.run import RunDirectory
 
+_BEFORE_S, _AFTER_S = 600.0, 60.0
+"""Evidence that is older or younger is of another start of the run."""
 _MOST_BYTES = 1 << 28
 """Of an incident, which has two plans of all ranks."""
 
@@ -26,6 +28,11 @@ class Loss(msgspec.Struct, frozen=True):
     node: Text = ""
     cause: Text = ""
     detected_s: float | None = None
+
+    @property
+    def identity(self) -> str:
+        """The worker, as `RANK` or `RANK.INCARNATION`."""
+        return f"{self.rank}.{self.incarnation}" if self.incarnation else str(self.rank)
 
 
 class Notice(msgspec.Struct, frozen=True):
@@ -93,10 +100,29 @@ class Found:
     unreadable: dict[str, str] = field(default_factory=dict)
     """By the name of a file, why it cannot be read."""
 
+    def names_of(self, incident: Incident) -> tuple[str, ...]:
+        """The files of evidence about an incident, those about what hung or failed first.
+
+        Beside those that it names there are those about a rank that it lost, gathered as it
+        happened: the others may have gone on before that was done.
+        """
+        names = dict.fromkeys(pointer.file for pointer in incident.evidence)
+        lost = {loss.identity for loss in incident.losses}
+        for name, evidence in self.evidence.items():
+            near = incident.time - _BEFORE_S < evidence.time < incident.time + _AFTER_S
+            if evidence.about in lost and near:
+                names[name] = None
+            elif evidence.about and evidence.about not in lost:
+                names.pop(name, None)  # it was late, and told with the next incident
+        return tuple(sorted(names, key=self._is_beside))
+
+    def _is_beside(self, name: str) -> bool:
+        return name not in self.evidence or self.evidence[name].role == "waiting"
+
     @property
     def unnamed(self) -> tuple[str, ...]:
-        """The evidence that no incident names: no rank was left to write one, or none was lost."""
-        named = {pointer.file for incident in self.incidents for pointer in incident.evidence}
+        """The evidence about no incident: no rank was left to write one, or none was lost."""
+        named = {name for incident in self.incidents for name in self.names_of(incident)}
         return tuple(name for name in self.evidence if name not in named)
 
 

@@ -38,7 +38,7 @@ def report_lines(found: Found) -> Iterator[str]:
 
 
 def _incident(number: int, incident: Incident, found: Found) -> Iterator[str]:
-    lost = [f"rank {_identity(loss)} on node {loss.node or 'unknown'}" for loss in incident.losses]
+    lost = [f"rank {loss.identity} on node {loss.node or 'unknown'}" for loss in incident.losses]
     who = " and ".join(lost) or "no rank"
     were = "were" if len(lost) > 1 else "was"
     where = f"in step {incident.step + (not incident.committed)}"
@@ -46,19 +46,20 @@ def _incident(number: int, incident: Incident, found: Found) -> Iterator[str]:
         where = f"between steps, after step {incident.step}"
     yield f"Incident {number}, {_moment(incident.time)}: {who} {were} lost {where}"
     yield from _indented(_course(incident))
-    for pointer in sorted(incident.evidence, key=lambda pointer: _order(pointer, found)):
+    pointers = {pointer.file: pointer for pointer in incident.evidence}
+    for name in found.names_of(incident):
         yield ""
-        if (evidence := found.evidence.get(pointer.file)) is not None:
-            yield f"  {_about(evidence)} ({pointer.file})"
+        if (evidence := found.evidence.get(name)) is not None:
+            yield f"  {_about(evidence)} ({name})"
             yield from _indented(_details(evidence), 2)
         else:
-            yield from _indented([_absent(pointer, found)])
+            yield from _indented([_absent(pointers[name], found)])
 
 
 def _course(incident: Incident) -> Iterator[str]:
     """What noticed the losses, what they cost, and how long each phase took."""
     for loss in incident.losses:
-        yield f"Rank {_identity(loss)}: {loss.cause or 'the cause is not recorded'}."
+        yield f"Rank {loss.identity}: {loss.cause or 'the cause is not recorded'}."
         yield _noticed(incident, loss)
     causes = " ".join(loss.cause for loss in incident.losses)
     waits = [
@@ -75,15 +76,17 @@ def _course(incident: Incident) -> Iterator[str]:
         f"The change took {incident.total_s:.2f} s: agreement {phases[0]:.2f} s, connections "
         f"{phases[1]:.2f} s, state {phases[2]:.2f} s{moved}, the rest {max(0.0, rest_s):.2f} s."
     )
-    before, after = ([member.rank for member in some] for some in (incident.before, incident.after))
-    if before and after:
-        went_on = f"{named_ranks(after, ', ')} of {named_ranks(before, ', ')} went on"
-        yield f"{went_on[:1].upper()}{went_on[1:]}, as generation {incident.generation}."
+    before, after = (
+        named_ranks([member.rank for member in members], ", ")
+        for members in (incident.before, incident.after)
+    )
+    if incident.before and incident.after:
+        yield f"Of {before}, {after} went on, as generation {incident.generation}."
 
 
 def _noticed(incident: Incident, loss: Loss) -> str:
     """What noticed a loss."""
-    about = [n for n in incident.notices if n.identity == _identity(loss)]
+    about = [n for n in incident.notices if n.identity == loss.identity]
     kinds = {notice.kind: notice for notice in about}
     if "suspected" in kinds:
         by = f"the agent of node {kinds['suspected'].node}, which looked at it and killed it"
@@ -203,17 +206,7 @@ def _absent(pointer: Pointer, found: Found) -> str:
     return f"Rank {identity}:{place} Its evidence, {pointer.file or 'a file'}, {said}."
 
 
-def _order(pointer: Pointer, found: Found) -> int:
-    """The place of evidence in the report: of those that hung or failed first."""
-    evidence = found.evidence.get(pointer.file)
-    return int(evidence is None or evidence.role == "waiting")
-
-
 # Words.
-
-
-def _identity(loss: Loss) -> str:
-    return _numbered(loss.rank, loss.incarnation)
 
 
 def _numbered(rank: int, incarnation: int) -> str:

@@ -9,10 +9,10 @@ from .disk_queue import (
     DiskWord as DiskWord,
 )
 from .evidence import (
-    STACKS_SIGNAL as STACKS_SIGNAL,
     Evidence as Evidence,
     LastOperation as LastOperation,
     ThreadStack as ThreadStack,
+    ask_for_stacks as ask_for_stacks,
     evidence_name as evidence_name,
     frames_of_error as frames_of_error,
     memory_of as memory_of,

@@ -155,7 +155,7 @@ def _incident(
         **fields,
         "losses": lost,
         "notices": [event_to_data(event) for event in heard if event.kind != "examined"],
-        "evidence": [_evidence(event) for event in heard if event.kind == "examined"],
+        "evidence": _evidence(heard),
         "before": _members(change.before),
         "after": _members(change.after),
         "agreed": {
@@ -172,15 +172,19 @@ def _incident(
     }
 
 
-def _evidence(event: MembershipEvent) -> dict[str, Any]:
-    """Where the evidence about a worker is, and the line of Python that it was in."""
-    return {
-        "rank": event.identity.rank,
-        "incarnation": event.identity.incarnation,
-        "node": event.node,
-        "place": event.cause,
-        "file": event.evidence,
-    }
+def _evidence(heard: Sequence[MembershipEvent]) -> list[dict[str, Any]]:
+    """Where the evidence about each worker is, and the line of Python that it was in, if known."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in heard:
+        if event.evidence and (event.kind == "examined" or event.evidence not in found):
+            found[event.evidence] = {
+                "rank": event.identity.rank,
+                "incarnation": event.identity.incarnation,
+                "node": event.node,
+                "place": event.cause if event.kind == "examined" else "",
+                "file": event.evidence,
+            }
+    return list(found.values())
 
 
 def _given(plan: Plan) -> set[int]:

@@ -14,7 +14,7 @@ from .record import (
     write_evidence as write_evidence,
 )
 from .stacks import (
-    STACKS_SIGNAL as STACKS_SIGNAL,
+    ask_for_stacks as ask_for_stacks,
     frames_of_error as frames_of_error,
     own_threads as own_threads,
     parsed_stacks as parsed_stacks,

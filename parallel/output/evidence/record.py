@@ -119,6 +119,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     pid: Count = 0
     reason: Text = ""
     """The reason for which it is looked at, for a person."""
+    about: Text = ""
+    """The worker that hung or failed, as `RANK` or `RANK.INCARNATION`: itself, or the one that it
+    waits for."""
     generation: Count = 0
     step: Count = 0
     """The step under way, counted from 1; 0: none."""

@@ -3,10 +3,15 @@
 The handler of the signal needs no lock of the interpreter, so it works while native code holds it.
 It runs in a thread that does nothing else. All other threads block the signal: no system call of
 theirs is interrupted, and a main thread that the kernel holds for a disk is not needed.
+
+A process that a signal has stopped must be let run for it, and its main thread would go on before
+the other thread comes. So there is a second signal, for the main thread: it is handled before
+anything else.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import re
 import signal
@@ -20,6 +25,7 @@ from holdfast.parallel.files import create_file
 from holdfast.parallel.output.evidence.record import StackFrame, ThreadStack
 
 STACKS_SIGNAL = signal.SIGUSR2
+_OF_STOPPED = signal.SIGRTMIN + 1
 MAIN = "main thread"
 _MOST_FRAMES = 100
 _MOST_THREADS = 64
@@ -30,7 +36,7 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 
 
 def stacks_on_signal(path: Path) -> None:
-    """Have the stacks of all threads appended to a file whenever `STACKS_SIGNAL` comes.
+    """Have the stacks of all threads appended to a file whenever a signal asks for them.
 
     Call it once, in the main thread, before the process starts threads: they, and the processes
     that it starts, block the signal as the main thread does from now on.
@@ -42,7 +48,8 @@ def stacks_on_signal(path: Path) -> None:
     file.write(_HEADER.format(threading.main_thread().ident or 0).encode())
     file.flush()
     # The handler first: until it is there the signal would end the process.
-    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
+    for number in (STACKS_SIGNAL, _OF_STOPPED):
+        faulthandler.register(number, file=file, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_BLOCK, {STACKS_SIGNAL})
     threading.Thread(target=_take_signal, name="holdfast-stacks", daemon=True).start()
 
@@ -50,6 +57,24 @@ def stacks_on_signal(path: Path) -> None:
 def _take_signal() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})
     threading.Event().wait()
+
+
+def ask_for_stacks(pid: int, descriptor: int, *, is_stopped: bool) -> None:
+    """Send a process the signal for its stacks, and let it run if it is stopped.
+
+    Args:
+        descriptor: its pidfd.
+    Raises:
+        ProcessLookupError: it has ended.
+    """
+    if not is_stopped:
+        signal.pidfd_send_signal(descriptor, STACKS_SIGNAL)
+        return
+    signal.pidfd_send_signal(descriptor, 0)
+    main_thread = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)
+    if main_thread is None or main_thread(pid, pid, _OF_STOPPED):
+        signal.pidfd_send_signal(descriptor, STACKS_SIGNAL)
+    signal.pidfd_send_signal(descriptor, signal.SIGCONT)
 
 
 def parsed_stacks(text: str) -> tuple[ThreadStack, ...]:

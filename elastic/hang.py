@@ -332,6 +332,10 @@ class HangJudge:
         else:
             self._waits.pop(event.identity, None)
 
+    def forget(self, identity: Identity) -> None:
+        """End the wait of a worker that is lost; its ranks may have been told by it alone."""
+        self._waits.pop(identity, None)
+
     def suspicions(self, now_s: float) -> list[Suspicion]:
         """The ranks that the waits point at, once all waits have had time to arrive."""
         first_s = min((wait.at_s for wait in self._waits.values()), default=math.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from holdfast.elastic.agreement import AcceptorState, Report, misses_answer, needs_another
 from holdfast.elastic.generation import Generation, Identity
@@ -99,10 +100,15 @@ class Teller:
 def ends_of(reports: Mapping[Identity, Report]) -> dict[Identity, MembershipEvent]:
     """The ends of workers whose agents report why they ended; news of them may come later. Pure."""
     return {
-        identity: MembershipEvent("ended", identity, cause)
+        identity: MembershipEvent("ended", identity, cause, evidence=_text(report.data, "evidence"))
         for identity, report in reports.items()
         if not report.alive and isinstance(cause := report.data.get("cause"), str)
     }
+
+
+def _text(data: Mapping[str, Any], key: str) -> str:
+    found = data.get(key)
+    return found if isinstance(found, str) else ""
 
 
 def told_next(

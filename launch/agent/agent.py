@@ -188,7 +188,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.pid:
                 self._publish(slot.event("ended", cause, slot.silent_s))
-                self._others.report_on_behalf_of(slot.spec, cause)
+                self._others.report_on_behalf_of(slot.spec, cause, slot.evidence)
             slot.pid, slot.start_at_s, slot.is_inside = 0, None, False
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
@@ -223,7 +223,7 @@ class Agent:
         self._publish(slot.event("ended", cause, slot.silent_s))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
-            self._others.report_on_behalf_of(slot.spec, cause)
+            self._others.report_on_behalf_of(slot.spec, cause, slot.evidence)
         known = self._settings.failure(slot.spec.rank, end.code) if self._settings.failure else None
         if end.code == INTERRUPTED and not self.shutdown.draining:
             # All ranks have saved what is saved.

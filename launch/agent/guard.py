@@ -67,6 +67,7 @@ class Guard:
         if not name:
             slot.kill(cause)
             return
+        slot.evidence = name
         logger.warning("rank %s is looked at before it is killed: %s", identity, cause)
         self._condemned[identity] = (slot, cause, self._clock() + LOOK_S + _LATE_S)
         self._publish(
@@ -102,6 +103,7 @@ class Guard:
         """Keep and tell of the evidence that an ended worker has left, if it has."""
         findings = self._examiner.keep(slot.spec)
         if findings is not None:
+            slot.evidence = findings.name
             self._tell(findings, generation)
 
     def close(self) -> None:

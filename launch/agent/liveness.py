@@ -139,6 +139,8 @@ class HangWatch:
         """
         if event.kind == "waiting":
             self._judge.hear(event, now_s)
+        elif event.lost:
+            self._judge.forget(event.identity)
         of_now = event.generation in (0, self._judge.generation)
         if event.calls and of_now and event.identity in self._members:
             why = f"rank {event.identity} is {event.kind} ({event.cause})"

@@ -107,12 +107,16 @@ class OtherNodes:
         for bulletin in self._bulletins:
             bulletin.post(event)
 
-    def report_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
-        """Report for an ended worker, in a thread, until the other nodes go on without it."""
+    def report_on_behalf_of(self, spec: WorkerSpec, cause: str, evidence: str = "") -> None:
+        """Report for an ended worker, in a thread, until the other nodes go on without it.
+
+        Args:
+            evidence: the name of the file of evidence about it.
+        """
         thread = threading.Thread(
             target=report_on_behalf_of,
             args=(spec.identity, self._services.membership, spec.acceptor, self._stop),
-            kwargs={"data": {"cause": cause}},
+            kwargs={"data": {"cause": cause, "evidence": evidence}},
             name=f"holdfast-proxy-{spec.identity}",
             daemon=True,
         )

@@ -48,6 +48,8 @@ class WorkerSlot:
     """Whether its worker has said that others have its state, as it was told to leave."""
     killed_for: str = ""
     """The reason for which its worker was killed."""
+    evidence: str = ""
+    """The name of the file of evidence about its worker, as it hung or failed."""
     still_since_s: float | None = None
     """The time at which its worker last ran, if it was still as it was condemned: a look at it may
     have let it run since."""
@@ -57,11 +59,14 @@ class WorkerSlot:
         self.pid, self.killed_for, self.start_at_s = -1, "", None
         self.is_member, self.is_inside, self.left_out_s = False, False, None
         self.waits_for, self.is_incurable, self.still_since_s = frozenset(), False, None
+        self.evidence = ""
         self.finished = self.has_left = False
 
     def event(self, kind: MembershipEventKind, cause: str, seconds: float) -> MembershipEvent:
         """An event of its worker; for `seconds` see `MembershipEvent.age_s`."""
-        return MembershipEvent(kind, self.spec.identity, cause, seconds, self.spec.node)
+        evidence = self.evidence if kind == "ended" else ""
+        identity, node = self.spec.identity, self.spec.node
+        return MembershipEvent(kind, identity, cause, seconds, node, evidence=evidence)
 
     @property
     def silent_s(self) -> float:

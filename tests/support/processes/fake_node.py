@@ -57,7 +57,7 @@ class FakeOthers:
     def post(self, event: MembershipEvent) -> None:
         self.posted.append(event)
 
-    def report_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
+    def report_on_behalf_of(self, spec: WorkerSpec, cause: str, evidence: str = "") -> None:
         pass
 
     def lost_to_a_cut(self, waited_for: Collection[int], now_s: float) -> list[MembershipEvent]:

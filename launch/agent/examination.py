@@ -239,9 +239,13 @@ class Examiner:
         return True
 
     def _look(self, subject: Subject) -> None:
-        with _closing(subject.descriptor):
-            findings = Findings(subject.spec, look_at(subject), subject.name)
-            self._report(findings)
+        try:
+            with _closing(subject.descriptor):
+                findings = Findings(subject.spec, look_at(subject), subject.name)
+        except Exception:  # it is killed all the same
+            logger.exception("no evidence about rank %s", subject.spec.identity)
+            return
+        self._report(findings)
         self._write(findings)
 
     def _write(self, findings: Findings) -> None:

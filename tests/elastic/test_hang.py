@@ -15,6 +15,7 @@ from holdfast.elastic.hang import (
     Suspicion,
     blame,
     is_excused,
+    overdue_s,
     silent_operations,
     wait_of,
 )
@@ -199,3 +200,34 @@ def test_a_rank_of_a_circle_is_suspected_as_one_that_waits_itself() -> None:
     judge.hear(waiting(0, "1"), 10.0)
     judge.hear(waiting(1, "0"), 10.0)
     assert [(s.rank, s.in_circle) for s in judge.suspicions(12.0)] == [(0, True)]
+
+
+def test_the_wait_of_a_lost_rank_blames_no_rank() -> None:
+    judge = HangJudge()
+    judge.enter(3)
+    judge.hear(waiting(0, "1"), 10.0)
+    judge.hear(waiting(1, "2"), 10.0)
+    judge.hear(waiting(2, "1"), 10.0)
+    assert [s.rank for s in judge.suspicions(12.0)] == [1]
+    judge.forget(Identity(1))  # killed: nothing says any more that its wait is over
+    judge.hear(waiting(0, ""), 12.0)
+    judge.hear(waiting(2, ""), 12.0)
+    assert judge.suspicions(20.0) == []
+
+
+@pytest.mark.parametrize(
+    ("busy", "until_s", "operations", "expected_s"),
+    [
+        (None, 80.0, (), 0.0),
+        ("evaluate", 95.0, (), 0.0),  # for no longer than a wait may last
+        ("evaluate", 80.0, (), 20.0),
+        ("build", 80.0, (operation("receive", 1, waited_s=85.0),), 0.0),  # others are to blame
+        ("build", 80.0, (replace(operation("send", 1, outcome="done"), finished_s=95.0),), 0.0),
+        ("build", 80.0, (replace(operation("send", 1, outcome="done"), finished_s=85.0),), 15.0),
+    ],
+)
+def test_a_rank_that_is_busy_for_too_long_hangs_though_no_rank_waits_for_it(
+    busy: BusyKind | None, until_s: float, operations: tuple[Operation, ...], expected_s: float
+) -> None:
+    own = replace(record(1, *operations), busy=busy, busy_until_s=until_s)
+    assert overdue_s(own, at(100.0), HangLimits(10.0)) == expected_s

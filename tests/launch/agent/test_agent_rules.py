@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ class Records:
         waits = (receive(1, self.since_s),) if self.node.clock() >= self.since_s else ()
         return FlightRecord(0, 0, 1, 4, 0.0, waits, step_starts_s=(0.5, 1.0))
 
-    def run(self, until_s: float = math.inf) -> int:
+    def run(self, until_s: float = math.inf, **settings: Any) -> int:
         """Run the node until a worker was killed, or until this time."""
 
         def script() -> None:
@@ -150,7 +151,8 @@ class Records:
                 self.node.finish(0)
 
         self.node.on_wait = script
-        return self.node.run(ranks=(0, 1), respawn=False, exit_s=1.0, read_record=self.read)
+        settings = {"respawn": False, "exit_s": 1.0, "read_record": self.read, **settings}
+        return self.node.run(ranks=(0, 1), **settings)
 
     def end_with_all_alive(self, until_s: float) -> None:
         """Run the node; the agent kills rank 1 only as it outlives the run, by more than exit_s."""
@@ -337,3 +339,31 @@ def test_a_node_that_cannot_join_does_not_end_the_run_of_the_others(tmp_path: Pa
     roll = tmp_path / "roll"
     assert node.run(ranks=(7,), founder=False, roll=roll, failure=lambda *_: "another lr") == 2
     assert Roll(roll).ended() is None
+
+
+def test_a_worker_that_is_busy_for_too_long_is_killed_though_no_other_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, math.inf)
+    records.of_1 = replace(records.of_1, busy="evaluate", busy_until_s=begin + 50.0)
+    assert records.run() == 0
+    ((moment, rank),) = node.killed
+    assert rank == 1
+    assert moment - begin - 60 == TICK_S
+    assert node.others.posted[-1].cause.startswith("hung: it said that it would evaluate, and has")
+
+
+@pytest.mark.mp
+def test_a_worker_that_hangs_is_killed_though_nothing_can_be_learnt_of_it(tmp_path: Path) -> None:
+    nowhere = tmp_path / "a file"
+    nowhere.touch()
+    node = FakeNode(tmp_path)
+    records = Records(node, node.clock() + 1.0)
+    assert records.run(incidents=nowhere / "incidents") == 0
+    assert [rank for _, rank in node.killed] == [1]
+    kinds = [event.kind for event in node.others.posted]
+    assert kinds.index("suspected") < kinds.index("ended")
+    (ended,) = [event for event in node.others.posted if event.kind == "ended"]
+    assert ended.evidence.endswith("-rank-1-hung.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from holdfast.checkpoint import CheckpointManager
 from holdfast.elastic import MembershipSettings
+from holdfast.parallel.output import read_evidence
 from holdfast.parallel.pipeline import Executor
 from holdfast.trainer.saves import Checkpoints
 from support.processes.cluster import Cluster
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.mp]
 HANG_S = 2.0
 MODEL = {"layers": 2}
 TRAIN = {"steps": 12, "global_batch": 3}
-SLOW_S = 2.5 * HANG_S
+SLOW_S = 3.2 * HANG_S
 AGREEING = MembershipSettings("", "busy", 3, heartbeat_timeout_ms=PATIENT_MS, hang_timeout_s=HANG_S)
 LONG_S = AGREEING.patience_s + 1.0
 """Longer than ranks of which nothing is heard are waited for."""
@@ -92,6 +94,75 @@ def endless_step() -> None:
         return run(self, *arguments)
 
     Executor.run = endless  # type: ignore[method-assign]
+
+
+MARK = "HOLDFAST_TEST_MARK"
+"""The environment variable with a file that says that a rank has hung already."""
+
+
+def _hang_once() -> None:
+    """Sleep for ever, but in the first process only that comes here."""
+    try:
+        Path(os.environ[MARK]).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    print("hangs", flush=True)
+    time.sleep(1e6)
+
+
+def _hanging(cls: type, name: str, here: Callable[..., bool]) -> None:
+    whole = getattr(cls, name)
+
+    def hung(self: Any, *arguments: Any, **named: Any) -> Any:
+        if here(self, *arguments):
+            _hang_once()
+        return whole(self, *arguments, **named)
+
+    setattr(cls, name, hung)
+
+
+def hang_in_a_save() -> None:
+    _hanging(CheckpointManager, "fence", lambda manager, _: manager.members.rank == 1)
+
+
+def hang_in_a_load() -> None:
+    _hanging(CheckpointManager, "load", lambda manager, *_: manager.members.rank == 1)
+
+
+def hang_in_an_evaluation() -> None:
+    _hanging(Executor, "run", lambda e, program, *_: e._comm.index == 1 and _forward(program))
+
+
+def all_hang_in_an_evaluation() -> None:
+    """Have both ranks hang in the same call, so that none waits for the other."""
+    run = Executor.run
+
+    def hung(self: Any, program: Any, *arguments: Any) -> Any:
+        if _forward(program):
+            time.sleep(1e6)
+        return run(self, program, *arguments)
+
+    Executor.run = hung  # type: ignore[method-assign]
+
+
+def slow_compiler() -> None:
+    """Have rank 1 compile for long in its sixth step: torch's compiler itself, with slow parts."""
+    import torch
+
+    run, counted = Executor.run, [0]
+
+    def backend(graph: Any, _: Any) -> Any:
+        print("slow: compile", flush=True)
+        time.sleep(SLOW_S)
+        return graph
+
+    def compiling(self: Any, *arguments: Any) -> Any:
+        counted[0] += self._comm.index == 1
+        if counted[0] == 6 and self._comm.index == 1:
+            torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+        return run(self, *arguments)
+
+    Executor.run = compiling  # type: ignore[method-assign]
 
 
 def slow_parts(root: Path) -> set[str]:
@@ -164,3 +235,69 @@ def test_a_rank_that_computes_for_ever_is_found_and_its_step_is_named(tmp_path: 
     assert lost["rank"] == 1
     assert lost["cause"].startswith("hung: rank 0 has waited")
     assert " in step 6: " in lost["cause"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["save", "load", "evaluate"])
+def test_a_rank_that_hangs_within_such_work_is_killed_when_its_excuse_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    monkeypatch.setenv(MARK, str(tmp_path / "mark"))
+    before = {"save": "a_save", "load": "a_load", "evaluate": "an_evaluation"}[work]
+    start = Starter(tmp_path, before=f"test_busy_ranks:hang_in_{before}")
+    sections: dict[str, Any] = {
+        "parallel": {"data": 2},
+        "checkpoint": {"every": 4, "timeout_s": 3.0},
+        "train": {**TRAIN, "eval_every": 6, "eval_batches": 1},
+        "model": MODEL,
+        "elastic": {"hang_timeout_s": HANG_S, "startup_grace_s": 5.0},
+    }
+    try:
+        if work == "load":
+            stop = {"train": {**sections["train"], "stop_after": 8}}
+            first = start(name="run", **sections | stop)
+            assert first.finish() == 0, first.output()
+        run = start(name="run", **sections)
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    lost = run.events("rank_lost")
+    assert [loss["rank"] for loss in lost] == [1]
+    assert f"it said that it would {work}" in lost[0]["cause"]
+    (path,) = run.root.glob("incidents/evidence-*-hung.json")
+    assert read_evidence(path).place.endswith("in _hang_once")
+
+
+@pytest.mark.slow
+def test_ranks_that_hang_in_the_same_work_are_killed_though_none_waits(tmp_path: Path) -> None:
+    start = Starter(tmp_path, before="test_busy_ranks:all_hang_in_an_evaluation")
+    try:
+        run = start(
+            parallel={"data": 2},
+            train={**TRAIN, "eval_every": 6, "eval_batches": 1},
+            model=MODEL,
+            elastic={"hang_timeout_s": HANG_S, "startup_grace_s": 5.0, "respawn": False},
+        )
+        assert run.finish() != 0, run.output()
+    finally:
+        start.close()
+    found = map(read_evidence, run.root.glob("incidents/evidence-*-hung.json"))
+    told = {evidence.rank: evidence.reason for evidence in found}
+    assert "it said that it would evaluate, and has done so" in told[min(told)]
+
+
+@pytest.mark.slow
+def test_no_rank_is_lost_because_it_compiles(tmp_path: Path) -> None:
+    start = Starter(tmp_path, before="test_busy_ranks:slow_compiler")
+    try:
+        run = start(
+            parallel={"data": 2},
+            train={**TRAIN, "compile": True},
+            model=MODEL,
+            elastic={"hang_timeout_s": HANG_S},
+        )
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    assert slow_parts(run.root) == {"compile"}
+    assert not run.events("rank_lost")

@@ -20,8 +20,10 @@ FILES = (
     "end of run",
     "error of a rank",
     "events",
+    "evidence",
     "faults asked for",
     "identity",
+    "incident",
     "join file",
     "metrics",
 )

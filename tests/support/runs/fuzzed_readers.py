@@ -25,11 +25,19 @@ from holdfast.elastic.membership_events import (
 )
 from holdfast.elastic.roll import Roll, RunEnd
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way
+from holdfast.launch.report import found_in, report_lines
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, parse_record
 from holdfast.parallel.errors import ConfigError, MembershipError
 from holdfast.parallel.files import write_own_file
 from holdfast.parallel.layout import SharePlace
-from holdfast.parallel.output import rising_steps, set_foreign_lines_aside
+from holdfast.parallel.output import (
+    Evidence,
+    LastOperation,
+    ThreadStack,
+    rising_steps,
+    set_foreign_lines_aside,
+)
+from holdfast.parallel.output.evidence.record import MemoryFacts, StackFrame, ThreadFacts
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
 from holdfast.parallel.reading import parse_json
 from holdfast.trainer.elastic.worker_status import WorkerStatus, status_from_data, status_to_data
@@ -206,11 +214,50 @@ def file_readers(folder: Path) -> dict[str, Reader]:
             reading(run.metrics, lambda: set_foreign_lines_aside(run.metrics, rising_steps())),
             (b"".join(_text({"step": n, "loss_hex": "0x1p0"}) + b"\n" for n in (1, 2, 3)),),
         ),
+        "incident": Reader(
+            reading(run.incidents / "generation-000002.json", lambda: _report(run)),
+            (_text(_INCIDENT),),
+        ),
+        "evidence": Reader(
+            reading(run.incidents / "evidence-a.json", lambda: _report(run)),
+            (msgspec.json.encode(_EVIDENCE),),
+        ),
         "events": Reader(
             reading(run.events, lambda: _history(run)),
             (_changes(),),
         ),
     }
+
+
+_EVIDENCE = Evidence(
+    role="hung",
+    rank=1,
+    about="1",
+    stacks=(ThreadStack("main thread", (StackFrame("a.py", 3, "f"),)),),
+    threads=(ThreadFacts(17, "python", "D", "wait", "fsync of /disk"),),
+    operations=(LastOperation("send", "send", 2, "world", 7, 8, "open", 1.5),),
+    memory=MemoryFacts(resident_bytes=1 << 20, limit_bytes=1 << 30),
+    time=5.0,
+)
+_INCIDENT = {
+    "generation": 2,
+    "time": 6.0,
+    "losses": [{"rank": 1, "incarnation": 0, "node": "a", "cause": "hung", "detected_s": None}],
+    "notices": [{"kind": "suspected", "identity": "1", "cause": "hung", "node": "a"}],
+    "evidence": [{"rank": 1, "incarnation": 0, "node": "a", "place": "", "file": "e.json"}],
+    "before": [{"rank": 0, "node": "b"}, {"rank": 1, "node": "a"}],
+    "after": [{"rank": 0, "node": "b"}],
+    "total_s": 1.5,
+}
+
+
+def _report(run: RunDirectory) -> object:
+    """The report; whether its one file was read, as another reader would say it."""
+    found = found_in(run)
+    lines = list(report_lines(found))
+    for reason in found.unreadable.values():
+        raise ConfigError(reason)
+    return lines
 
 
 def _asked(path: Path) -> None:

@@ -192,7 +192,7 @@ def needless_rollbacks(run: ElasticRun) -> list[int]:
     """The generations that went back to a checkpoint though every block had a living holder."""
     first = plan_of(load_config(run.root / "config.toml", []))
     found = []
-    for path in sorted((run.root / "incidents").iterdir()):
+    for path in sorted(run.root.glob("incidents/generation-*.json")):
         incident = json.loads(path.read_text())
         if incident["from_checkpoint"] is None:
             continue

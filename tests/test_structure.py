@@ -21,6 +21,7 @@ WIDE = {
     "checkpoint.convert.sources.catalog.Catalog": "a field for each thing",
     "checkpoint.saving.save.Save": "the results that the five phases hand to each other",
     "elastic.agreement.reports.Report": "so that a worker tells all of it or nothing",
+    "launch.report.incident_files.Incident": "A field for each thing that it tells",
     "launch.agent.settings.AgentSettings": "each is given by name, and none is derived",
     "parallel.comm.gloo_connection.Connection": "because one lock guards one state",
     "parallel.offload.hooks.offloader.Offloader": "one object that both hooks of autograd share",

@@ -261,11 +261,13 @@ def test_a_rank_that_hangs_within_such_work_is_killed_when_its_excuse_ends(
         assert run.finish() == 0, run.output()
     finally:
         start.close()
-    lost = run.events("rank_lost")
-    assert [loss["rank"] for loss in lost] == [1]
-    assert f"it said that it would {work}" in lost[0]["cause"]
     (path,) = run.root.glob("incidents/evidence-*-hung.json")
-    assert read_evidence(path).place.endswith("in _hang_once")
+    evidence = read_evidence(path)
+    assert evidence.rank == 1
+    assert f"it said that it would {work}" in evidence.reason
+    assert evidence.place.endswith("in _hang_once")
+    if work != "load":  # which is before the first ranks train together
+        assert [loss["rank"] for loss in run.events("rank_lost")] == [1]
 
 
 @pytest.mark.slow

@@ -67,7 +67,9 @@ def test_both_kinds_of_worker_write_down_their_end_alike(
         assert plain(run, error) == code
     else:
         monkeypatch.setattr(elastic, "train_elastic_worker", raising(error))
-        spec: Any = SimpleNamespace(rank=0, identity="0", node="here")
+        monkeypatch.setattr(worker, "stacks_on_signal", lambda _: None)  # of this process
+        files = {name: tmp_path / name for name in ("stacks", "failure", "flight_record")}
+        spec: Any = SimpleNamespace(rank=0, incarnation=0, identity="0", node="here", **files)
         run.error(0).parent.mkdir()
         write_error(run, 0, ValueError("of the worker that this one replaces"))
         assert worker.run_elastic_worker(make_config(), spec, None, run) == code  # type: ignore[arg-type]
@@ -77,6 +79,8 @@ def test_both_kinds_of_worker_write_down_their_end_alike(
     else:
         assert left is not None
         assert (left.exit_code, str(error) in left.message) == (code, True)
+    kept = [*run.incidents.glob("evidence-*-rank-0-failed.json"), *tmp_path.glob("failure")]
+    assert len(kept) == isinstance(error, ValueError)
     traceback = "Traceback" in run.log(0).read_text()
     assert traceback == isinstance(error, ConfigError | ValueError)
     assert capfd.readouterr().err == ""

@@ -80,7 +80,7 @@ def test_both_kinds_of_worker_write_down_their_end_alike(
         assert left is not None
         assert (left.exit_code, str(error) in left.message) == (code, True)
     kept = [*run.incidents.glob("evidence-*-rank-0-failed.json"), *tmp_path.glob("failure")]
-    assert len(kept) == isinstance(error, ValueError)
+    assert len(kept) == (type(error) is ValueError)
     traceback = "Traceback" in run.log(0).read_text()
     assert traceback == isinstance(error, ConfigError | ValueError)
     assert capfd.readouterr().err == ""

@@ -39,6 +39,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast chaos runs/run-1 --rank 2 --step 50 --phase reduce",
         "holdfast chaos runs/run-1 --every 30 --count 0",
     ),
+    "health": (
+        "holdfast health",
+        "holdfast health run.toml --out /shared/runs/first --json",
+        "srun --ntasks-per-node 1 holdfast health --pairwise",
+    ),
     "inspect": ("holdfast inspect runs/run-1 --tensors", "holdfast inspect start --json"),
     "verify": ("holdfast verify runs/run-1", "holdfast verify s3://bucket/run --json"),
     "diff": ("holdfast diff runs/run-1 runs/run-2",),

@@ -1,0 +1,105 @@
+"""The judgement of nodes by each other: a node is sick when it differs from its peers. Pure.
+
+Rates of machines are known in advance by no rule, and a slow node is slow beside others. So limits
+are shares of the peers' median; what must be equal is held against what most nodes have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median_high, median_low
+
+import msgspec
+
+from holdfast.launch.health.report import Check, HealthReport
+
+LEAST_SHARE = 0.7
+"""The share of the peers' median below which a rate is sick."""
+MOST_TIMES = 3.0
+"""The multiple of the peers' median above which a time is sick."""
+
+
+def judged(
+    reports: Sequence[HealthReport], elders: Sequence[HealthReport] = ()
+) -> list[HealthReport]:
+    """The reports, with each value held against those of the other nodes.
+
+    Args:
+        elders: reports of nodes that are in the run already: the others are held against these, and
+            they are not judged again.
+    """
+    by_name = _by_name((*reports, *elders))
+    known = {report.node for report in elders}
+    return [
+        msgspec.structs.replace(
+            report,
+            checks=tuple(_judged(c, report.node, by_name[c.name], known) for c in report.checks),
+        )
+        for report in reports
+    ]
+
+
+def _by_name(reports: Sequence[HealthReport]) -> dict[str, dict[str, float | str]]:
+    """By check: the value of each node."""
+    found: dict[str, dict[str, float | str]] = {}
+    for report in reports:
+        for check in report.checks:
+            found.setdefault(check.name, {})[report.node] = check.value
+    return found
+
+
+def _judged(
+    check: Check, node: str, values: Mapping[str, float | str], elders: set[str]
+) -> Check:
+    peers = {other: value for other, value in values.items() if other != node}
+    if elders:
+        peers = {other: value for other, value in peers.items() if other in elders}
+    if not check.passed or not check.comparison or not peers:
+        return check
+    if check.comparison in ("equal", "told"):
+        return _equal(check, list(peers.values()), is_newcomer=bool(elders))
+    numbers = [value for value in peers.values() if isinstance(value, (int, float))]
+    if not numbers or isinstance(check.value, str):
+        return check
+    return _rate(check, numbers)
+
+
+def _rate(check: Check, peers: Sequence[float]) -> Check:
+    """A number that must not be far from the median of the other nodes'.
+
+    Of two medians the healthier counts: where half of the nodes are sick, the others still show it.
+    """
+    if check.comparison == "least":
+        usual = median_high(peers)
+        limit = LEAST_SHARE * usual
+        sick = check.value < limit  # pyrefly: ignore
+        word = f"below {LEAST_SHARE:g} of"
+    else:
+        usual = median_low(peers)
+        limit = MOST_TIMES * usual
+        sick = check.value > limit  # pyrefly: ignore
+        word = f"above {MOST_TIMES:g} times"
+    usually = msgspec.structs.replace(check, value=usual).told
+    reason = f"{check.told} is {word} the other nodes' {usually}" if sick else check.reason
+    return msgspec.structs.replace(check, limit=limit, passed=not sick, reason=reason)
+
+
+def _equal(check: Check, peers: Sequence[float | str], *, is_newcomer: bool) -> Check:
+    """A value that must be that of most nodes, its own counted; a newcomer's counts for nothing.
+
+    Where two values are equally frequent, it is unknown which is wrong, and all are.
+    """
+    counts = Counter(peers if is_newcomer else [*peers, check.value])
+    (usual, most), *others = counts.most_common(2)
+    tied = bool(others) and others[0][1] == most
+    if not tied and usual == check.value:
+        return msgspec.structs.replace(check, limit=usual)
+    theirs = sorted({str(value) for value in peers if value != check.value})
+    reason = f"{check.told}, and other nodes have {', '.join(theirs)}"
+    return msgspec.structs.replace(
+        check,
+        limit=None if tied else usual,
+        passed=check.comparison == "told",
+        reason=reason if theirs else check.reason,
+    )

@@ -1,7 +1,7 @@
 """The health of nodes: what is looked at before a node joins a run, alone and beside the others.
 
-May import launch.machine_errors, trainer, parallel.comm, parallel.errors, parallel.keyed_random
-and parallel.reading.
+May import launch.machine_errors, trainer, parallel.comm, parallel.errors, parallel.files,
+parallel.keyed_random, parallel.output and parallel.reading.
 """
 
 import lazy_loader

@@ -37,7 +37,9 @@ def check_disk(name: str, folder: Path, written_bytes: int, needed_bytes: int = 
         needed_bytes = max(needed_bytes, written_bytes)
         free_gib = free_bytes / 2**30
         if free_bytes < needed_bytes:
-            told = f"{folder}: {size_text(free_bytes)} are free, and {size_text(needed_bytes)} needed"
+            told = (
+                f"{folder}: {size_text(free_bytes)} are free, and {size_text(needed_bytes)} needed"
+            )
             return [failed(room, free_gib, "GiB", told)]
         written_s, read_s, fault = _measured(place, written_bytes)
     except OSError as error:

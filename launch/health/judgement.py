@@ -49,9 +49,7 @@ def _by_name(reports: Sequence[HealthReport]) -> dict[str, dict[str, float | str
     return found
 
 
-def _judged(
-    check: Check, node: str, values: Mapping[str, float | str], elders: set[str]
-) -> Check:
+def _judged(check: Check, node: str, values: Mapping[str, float | str], elders: set[str]) -> Check:
     peers = {other: value for other, value in values.items() if other != node}
     if elders:
         peers = {other: value for other, value in peers.items() if other in elders}

@@ -15,7 +15,6 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 _TOKEN_BYTES = 32
 _ASK = struct.Struct(">cQ")
@@ -59,7 +58,10 @@ class LinkServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
@@ -107,7 +109,10 @@ class LinkClient:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self._connection.close()
 

@@ -96,7 +96,9 @@ def _on_core(core: int, operands: tuple[Tensor, Tensor]) -> tuple[list[str], flo
     return found[0] if found else ([f"no result on core {core}"], 0.0)
 
 
-def _repeated(operands: tuple[Tensor, Tensor], settle: Callable[[], None]) -> tuple[list[str], float]:
+def _repeated(
+    operands: tuple[Tensor, Tensor], settle: Callable[[], None]
+) -> tuple[list[str], float]:
     """The digests of the same product several times, and the best rate in 10^9 operations/s."""
     digests, best_s = [], float("inf")
     left, right = operands

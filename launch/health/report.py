@@ -17,7 +17,7 @@ far below theirs. "most": not far above. "equal": it must be theirs. "told": a d
 and fails no node."""
 
 
-class Check(msgspec.Struct, frozen=True, omit_defaults=True):
+class Check(msgspec.Struct, frozen=True):
     """One thing that was looked at on one node."""
 
     name: Text
@@ -65,7 +65,7 @@ class HealthReport(msgspec.Struct, frozen=True):
         return tuple(f"{c.name}: {c.reason}" for c in self.checks if not c.passed)
 
 
-class LinkCheck(msgspec.Struct, frozen=True, omit_defaults=True):
+class LinkCheck(msgspec.Struct, frozen=True):
     """What a link between two nodes carries, at a time at which each node used one link."""
 
     round: int
@@ -90,13 +90,8 @@ class JobReport(msgspec.Struct, frozen=True):
 
     def to_json(self) -> bytes:
         """All of it, with the answer."""
-        found = {"passed": self.passed, **msgspec.to_builtins(self)}
-        for plain, report in zip(found["nodes"], self.nodes, strict=True):
-            plain["passed"] = report.passed
-            for values, check in zip(plain["checks"], report.checks, strict=True):
-                values["passed"] = check.passed
-        for plain, link in zip(found["links"], self.links, strict=True):
-            plain["passed"] = link.passed
+        nodes = [{**msgspec.to_builtins(node), "passed": node.passed} for node in self.nodes]
+        found = {"passed": self.passed, "nodes": nodes, "links": self.links}
         return msgspec.json.encode(found)
 
     def verdict(self) -> list[str]:

@@ -193,7 +193,12 @@ class _RunView:
     def event(self, line: dict[str, Any]) -> None:
         """Show an event."""
         name, note = line["event"], self.console.display.note
-        if name == "rank_lost":
+        if name == "node_refused":
+            note(f"node {line['node']} is not let in: {line['reason']}")
+        elif name == "machine_error":
+            leaves = "; its workers leave" if line["serious"] else ""
+            note(f"node {line['node']}: {line['what']}{leaves}")
+        elif name == "rank_lost":
             note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
             if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):

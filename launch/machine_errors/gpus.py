@@ -9,6 +9,7 @@ import csv
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 _ANSWER_S = 20.0
@@ -48,7 +49,7 @@ def gpu_states(*, by_program: bool = True) -> list[GpuState]:
         by_program: whether nvidia-smi may be started where NVML's module is not installed.
     """
     try:
-        import pynvml
+        pynvml = import_module("pynvml")
     except ImportError:
         return list(_by_program()) if by_program else []
     try:

@@ -96,9 +96,7 @@ COUNTERS: Final = (
         3,
         is_serious=True,
     ),
-    Counter(
-        "pcie", "errors of a PCIe device", "bus/pci/devices/*/aer_dev_nonfatal", 3
-    ),
+    Counter("pcie", "errors of a PCIe device", "bus/pci/devices/*/aer_dev_nonfatal", 3),
 )
 
 FATAL_XIDS: Final[Mapping[int, str]] = {
@@ -151,8 +149,10 @@ MESSAGES: Final = (
     Message(
         "disk",
         "a file system has found itself damaged",
-        re.compile(r"(?:EXT4-fs|XFS|BTRFS)\s+(?:error )?\(?(?:device )?(?P<device>\w+)\)?.*"
-                   r"(?:error|[Cc]orruption)"),
+        re.compile(
+            r"(?:EXT4-fs|XFS|BTRFS)\s+(?:error )?\(?(?:device )?(?P<device>\w+)\)?.*"
+            r"(?:error|[Cc]orruption)"
+        ),
     ),
     Message(
         "disk",

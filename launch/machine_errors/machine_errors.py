@@ -54,7 +54,9 @@ class MachineErrors:
         return read_counts(self._roots) | dict(_of_gpus())
 
 
-def risen(before: Mapping[MachineError, int], now: Mapping[MachineError, int]) -> list[MachineError]:
+def risen(
+    before: Mapping[MachineError, int], now: Mapping[MachineError, int]
+) -> list[MachineError]:
     """What has been counted between two readings. Pure.
 
     A counter that is new, or lower than before, belongs to a device that has come back; what it

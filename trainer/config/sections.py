@@ -329,6 +329,8 @@ class ElasticConfig(Section, frozen=True):
     verify_every: int = 100
     local_nodes: int = 1
     lighthouse: str = ""
+    health: Literal["off", "start"] = "off"
+    """"start": each node is looked at before it takes part, and a sick one is refused."""
     activation_headroom: float = 0.3
     """The share by which activation memory may exceed the fullest rank's after a loss, to idle
     less."""

@@ -77,6 +77,11 @@ class RunDirectory:
         return self.root / "terms.json"
 
     @property
+    def health(self) -> Path:
+        """What was found on the nodes that began an elastic run; newcomers are held to it."""
+        return self.root / "health.json"
+
+    @property
     def incidents(self) -> Path:
         """The records of the changes that losses made necessary, one file each."""
         return self.root / "incidents"

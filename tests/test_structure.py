@@ -172,6 +172,7 @@ def test_a_hook_that_is_set_from_outside_is_seen() -> None:
 
 
 WALL_CLOCK = {
+    "launch.health.links",
     "checkpoint.convert.formats.holdfast",
     "checkpoint.saving.save",
     "checkpoint.tools.verify",
@@ -181,7 +182,7 @@ WALL_CLOCK = {
     "trainer.reports.tensorboard",
     "trainer.reports.trace",
 }
-"""What writes the time of day into a record."""
+"""What writes the time of day into a record, or compares the clocks of nodes."""
 
 
 def test_the_time_of_day_goes_into_records_and_decides_nothing() -> None:

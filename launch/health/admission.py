@@ -71,7 +71,7 @@ def own_report(config: RunConfig, run: Path, node: str) -> HealthReport:
     environment = {name: value for name, value in os.environ.items() if name not in _JOB}
     with scratch_folder() as folder:
         path = folder / "config.toml"
-        path.write_text(dump_toml(anchored(config)))
+        write_whole(path, dump_toml(anchored(config)).encode())
         command = [sys.executable, "-m", "holdfast.launch.cli", "health", str(path), "--json"]
         command += ["--out", str(run.absolute())]
         try:

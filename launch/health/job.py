@@ -96,7 +96,7 @@ def check_job(world: WorldInfo, settings: NodeSettings, rounds: int) -> JobRepor
     """
     from torch.distributed import PrefixStore
 
-    from holdfast.trainer.worker import connect, meet
+    from holdfast.trainer import connect, meet
 
     store = PrefixStore(f"health-{world.attempt}", connect(world))
     meet(store, world)

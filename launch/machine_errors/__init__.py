@@ -1,6 +1,6 @@
 """What the kernel and drivers of this machine count and say of errors, while a run goes on.
 
-May import parallel.reading and parallel.errors.
+May import parallel.reading.
 """
 
 import lazy_loader

@@ -7,9 +7,6 @@ from .gpus import (
 from .kinds import (
     MachineError as MachineError,
 )
-from .machine_errors import (
-    MachineErrors as MachineErrors,
-)
 from .roots import (
     MachineRoots as MachineRoots,
 )

@@ -5,8 +5,8 @@ device of it is gone. Corrected and repeated errors are told, and no more.
 
 Sources: for the counters, the kernel's Documentation/ABI (sysfs-devices-edac, sysfs-class-net,
 sysfs-bus-pci-devices-aer_stats) and Documentation/accounting/psi.rst; for Xid numbers, NVIDIA's
-"Xid Errors" (docs.nvidia.com/deploy/xid-errors), where these ask for a reset of the GPU or a restart
-of the machine.
+"Xid Errors" (docs.nvidia.com/deploy/xid-errors), where these ask for a reset of the GPU or a
+restart of the machine.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""The health of the nodes of a job: real processes on nodes of a network, as torchrun starts them.
+
+A slow end and a slow link are made by the kernel's own limits of rate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.network.elastic_network import Network, network
+from support.network.limited_links import limit_link, limit_node
+from support.processes.forked_command import ForkedCommand
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+LONGEST_S = 240.0
+NODES = "abcd"
+FAST, SLOW = 160, 20
+"""Mbit/s: four nodes of a few cores reach the faster one all at once."""
+LOOK = ("health", "--pairwise", "--memory-mib", "4", "--disk-mib", "0")
+
+
+def looked_at(
+    net: Network,
+    folder: Path,
+    *arguments: str,
+    variables: Mapping[int, Mapping[str, str]] | None = None,
+) -> tuple[list[int], dict[str, Any]]:
+    """The exit codes of `holdfast health --pairwise` on all nodes, and what the first one says."""
+    processes = []
+    for rank in range(net.size):
+        environment = {
+            **os.environ,
+            **{"RANK": str(rank), "WORLD_SIZE": str(net.size), "GROUP_RANK": str(rank)},
+            **{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29611"},
+            **{"OMP_NUM_THREADS": "1"},
+            **(variables or {}).get(rank, {}),
+        }
+        command = [*LOOK, "--json", *arguments]
+        processes.append(
+            ForkedCommand(
+                command,
+                folder / f"{rank}.json",
+                environment,
+                errors=folder / f"{rank}.txt",
+                network=net.name(net.node(rank)),
+            )
+        )
+    codes = [process.wait(LONGEST_S) for process in processes]
+    said = (folder / "0.json").read_text()
+    assert said, (folder / "0.txt").read_text()
+    return codes, json.loads(said)
+
+
+def sick_checks(report: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The number of the node, and the name, of each check that has not passed."""
+    return [
+        (number, check["name"])
+        for number, node in enumerate(report["nodes"])
+        for check in node["checks"]
+        if not check["passed"]
+    ]
+
+
+def slow_links(report: Mapping[str, Any]) -> list[list[int]]:
+    """The numbers of the nodes of each slow link."""
+    names = [node["node"] for node in report["nodes"]]
+    return sorted(
+        [names.index(end) for end in link["nodes"]]
+        for link in report["links"]
+        if not link["passed"]
+    )
+
+
+def of_links(found: Sequence[tuple[int, str]]) -> list[int]:
+    return [number for number, name in found if name == "links of the node"]
+
+
+def test_the_slow_end_of_links_is_named(tmp_path: Path) -> None:
+    with network(NODES) as net:
+        for node in NODES:
+            limit_node(net, node, SLOW if node == "b" else FAST)
+        codes, report = looked_at(net, tmp_path)
+    assert codes == [1] * 4
+    assert len(report["links"]) == 4
+    assert of_links(sick_checks(report)) == [1], report["links"]
+    assert [1 in link for link in slow_links(report)] == [True, True]
+    assert not report["passed"]
+
+
+def test_a_slow_link_is_named_and_its_ends_are_not(tmp_path: Path) -> None:
+    with network(NODES) as net:
+        for node in NODES:
+            limit_node(net, node, FAST)
+        limit_link(net, "ac", SLOW, FAST)
+        codes, report = looked_at(net, tmp_path, "--rounds", "0")
+    assert codes == [1] * 4
+    assert len(report["links"]) == 6
+    assert of_links(sick_checks(report)) == []
+    assert slow_links(report) == [[0, 2]], report["links"]

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import median_high, median_low
+from statistics import median_high
 
 import msgspec
 
 from holdfast.launch.health.report import Check, HealthReport
-
-LEAST_SHARE = 0.7
-"""The share of the peers' median below which a rate is sick."""
-MOST_TIMES = 3.0
-"""The multiple of the peers' median above which a time is sick."""
 
 
 def judged(
@@ -60,27 +55,21 @@ def _judged(check: Check, node: str, values: Mapping[str, float | str], elders: 
     numbers = [value for value in peers.values() if isinstance(value, (int, float))]
     if not numbers or isinstance(check.value, str):
         return check
-    return _rate(check, numbers)
+    return _rate(check, check.value, numbers)
 
 
-def _rate(check: Check, peers: Sequence[float]) -> Check:
-    """A number that must not be far from the median of the other nodes'.
+def _rate(check: Check, value: float, peers: Sequence[float]) -> Check:
+    """A rate that must not be far below the median of the other nodes'.
 
-    Of two medians the healthier counts: where half of the nodes are sick, the others still show it.
+    Of two medians the higher counts: where half of the nodes are slow, the others still show it.
     """
-    if check.comparison == "least":
-        usual = median_high(peers)
-        limit = LEAST_SHARE * usual
-        sick = check.value < limit  # pyrefly: ignore
-        word = f"below {LEAST_SHARE:g} of"
-    else:
-        usual = median_low(peers)
-        limit = MOST_TIMES * usual
-        sick = check.value > limit  # pyrefly: ignore
-        word = f"above {MOST_TIMES:g} times"
-    usually = msgspec.structs.replace(check, value=usual).told
-    reason = f"{check.told} is {word} the other nodes' {usually}" if sick else check.reason
-    return msgspec.structs.replace(check, limit=limit, passed=not sick, reason=reason)
+    usual = median_high(peers)
+    limit = check.share * usual
+    reason = check.reason
+    if value < limit:
+        usually = msgspec.structs.replace(check, value=usual).told
+        reason = f"{check.told} is below {check.share:g} of the other nodes' {usually}"
+    return msgspec.structs.replace(check, limit=limit, passed=value >= limit, reason=reason)
 
 
 def _equal(check: Check, peers: Sequence[float | str], *, is_newcomer: bool) -> Check:

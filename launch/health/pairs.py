@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_high, median_low
 
-from holdfast.launch.health.judgement import LEAST_SHARE, MOST_TIMES
+from holdfast.launch.health.report import LEAST_SHARE
 
+MOST_TIMES = 3.0
+"""The multiple of other links' latency above which one is sick."""
 LATER_S = 0.001
 """A latency that is longer than that of others by less is not sick, whatever its multiple."""
 

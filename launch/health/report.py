@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,9 +11,11 @@ from msgspec import Meta
 from holdfast.parallel.errors import counted
 from holdfast.parallel.reading import Text
 
-Comparison = Literal["", "least", "most", "equal", "told"]
+LEAST_SHARE: Final = 0.7
+"""The share of the other nodes' median below which a rate is sick, where nothing else is said."""
+Comparison = Literal["", "least", "equal", "told"]
 """How a value is compared with those of the other nodes. "": not at all. "least": it must not be
-far below theirs. "most": not far above. "equal": it must be theirs. "told": a difference is told,
+far below theirs. "equal": it must be theirs. "told": a difference is told,
 and fails no node."""
 
 
@@ -26,6 +28,8 @@ class Check(msgspec.Struct, frozen=True):
     """What was found: a number in `unit`, or a text."""
     unit: Text = ""
     comparison: Comparison = ""
+    share: float = LEAST_SHARE
+    """With "least": the share of the other nodes' median that the value must reach."""
     limit: float | Text | None = None
     """What the value must reach, must not exceed, or must be; None: there is nothing to compare
     with."""

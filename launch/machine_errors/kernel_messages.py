@@ -51,14 +51,13 @@ def errors_in(lines: Iterable[str]) -> Iterator[MachineError]:
     """The errors that messages of the kernel tell of. Pure."""
     for line in lines:
         if found := XID.search(line):
-            number = int(found["number"])
+            number = int(found[2])
             what = FATAL_XIDS.get(number, "a GPU has reported an error")
-            device, is_fatal = found["device"], number in FATAL_XIDS
+            device, is_fatal = found[1], number in FATAL_XIDS
             yield MachineError("xid", device, 1, f"{what} (Xid {number})", is_fatal)
             continue
         for message in MESSAGES:
             if found := message.pattern.search(line):
-                yield MachineError(
-                    message.kind, found["device"], 1, message.what, message.is_serious
-                )
+                device = next(filter(None, found.groups()), "memory")
+                yield MachineError(message.kind, device, 1, message.what, message.is_serious)
                 break

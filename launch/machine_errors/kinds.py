@@ -119,7 +119,7 @@ class Message:
     kind: str
     what: str
     pattern: re.Pattern[str]
-    """Its group `device`, where it has one, names the device."""
+    """Its group, where it has one, names the device; else that is memory."""
     is_serious: bool = False
 
 
@@ -127,42 +127,42 @@ MESSAGES: Final = (
     Message(
         "memory_uncorrectable",
         "a memory error that cannot be corrected",
-        re.compile(r"EDAC (?P<device>MC\d+): \d+ UE "),
+        re.compile(r"EDAC (MC\d+): \d+ UE "),
         is_serious=True,
     ),
     Message(
         "memory_uncorrectable",
         "the kernel has taken a broken page of memory away",
-        re.compile(r"Memory failure: (?P<device>0x[0-9a-f]+): "),
+        re.compile(r"Memory failure: (0x[0-9a-f]+): "),
         is_serious=True,
     ),
     Message(
         "processor",
         "the processor has reported an error",
-        re.compile(r"mce: \[Hardware Error\]: (?P<device>CPU \d+)"),
+        re.compile(r"mce: \[Hardware Error\]: (CPU \d+)"),
     ),
     Message(
         "disk",
         "a disk cannot read or write",
-        re.compile(r"I/O error, dev (?P<device>\w+)"),
+        re.compile(r"I/O error, dev (\w+)"),
     ),
     Message(
         "disk",
         "a file system has found itself damaged",
         re.compile(
-            r"(?:EXT4-fs|XFS|BTRFS)\s+(?:error )?\(?(?:device )?(?P<device>\w+)\)?.*"
-            r"(?:error|[Cc]orruption)"
+            r"(?:EXT4-fs error|BTRFS (?:error|critical)) \(device ([\w-]+)\)"
+            r"|XFS \(([\w-]+)\): .*[Cc]orruption"
         ),
     ),
     Message(
         "disk",
         "a disk's controller does not answer",
-        re.compile(r"nvme (?P<device>nvme\d+): controller is down"),
+        re.compile(r"nvme (nvme\d+): controller is down"),
     ),
     Message(
         "out_of_memory",
         "the kernel has killed a process because memory ran out",
-        re.compile(r"Out of memory: Killed process (?P<device>\d+)"),
+        re.compile(r"Out of memory: Killed process"),
     ),
 )
-XID: Final = re.compile(r"NVRM: Xid \((?P<device>[^)]+)\): (?P<number>\d+)")
+XID: Final = re.compile(r"NVRM: Xid \(([^)]+)\): (\d+)")

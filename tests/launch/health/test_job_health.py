@@ -105,3 +105,21 @@ def test_a_slow_link_is_named_and_its_ends_are_not(tmp_path: Path) -> None:
     assert len(report["links"]) == 6
     assert of_links(sick_checks(report)) == []
     assert slow_links(report) == [[0, 2]], report["links"]
+
+
+def test_a_node_with_wrong_bits_is_named_by_the_others(tmp_path: Path) -> None:
+    wrong = {1: {"MKL_CBWR": "COMPATIBLE"}}  # other code of the same processor
+    with network("abc") as net:
+        codes, report = looked_at(net, tmp_path, variables=wrong)
+    assert codes == [1] * 3
+    of_bits = {check for check in sick_checks(report) if check[1].startswith("bits of a product")}
+    assert of_bits == {(1, "bits of a product, cores")}
+    assert {number for number, name in sick_checks(report) if "certificate" in name} == {1}
+    clocks = [
+        check["value"]
+        for node in report["nodes"]
+        for check in node["checks"]
+        if check["name"] == "clock of the node"
+    ]
+    assert len(clocks) == 3
+    assert max(map(abs, clocks)) < 0.1  # they share one clock

@@ -1,0 +1,74 @@
+"""A node that is sick is not let in to a run under way, which goes on with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import LONGEST_S, Starter, bits_of, pace
+from support.runs.small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+TRAIN = {"steps": 20, "global_batch": 4}
+MODEL = {"layers": 2}
+WRONG_BITS = ("env", "MKL_CBWR=COMPATIBLE")
+"""Another code of the same processor for the same products."""
+FULL_DISK = (
+    *("unshare", "--mount", "sh", "-c"),
+    'mount -t tmpfs -o size=64k tmpfs "$0/checkpoints" && exec "$@"',
+)
+"""A disk of 64 KiB, on this node alone, where the run has its checkpoints."""
+SLOWEST_PACE_S = 2.0
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train=TRAIN, model=MODEL)))
+
+
+def test_sick_nodes_are_refused_and_the_run_goes_on(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    elastic = {"local_nodes": 2, "health": "start"}
+    run = start(
+        train=TRAIN,
+        model=MODEL,
+        parallel={"data": 2},
+        elastic=pace(elastic, SLOWEST_PACE_S),
+    )
+    run.wait_for_step(1)
+    assert (run.root / "health.json").is_file()
+    wrong = start.join(run, launcher=WRONG_BITS)
+    assert wrong.wait(LONGEST_S) == 2
+    (run.root / "checkpoints").mkdir(exist_ok=True)
+    full = start.join(run, launcher=(*FULL_DISK, str(run.root)))
+    code = full.wait(LONGEST_S)
+    joined = sorted(run.root.parent.glob(f"{run.root.name}-joined-*.txt"))
+    told = [path.read_text() for path in joined]
+    if code in (1, 32):  # of unshare and mount
+        pytest.skip(f"no file system can be mounted (root is needed): {told[1]}")
+    assert code == 2
+    refused = run.events("node_refused")
+    assert ["bits of a product, cores" in event["reason"] for event in refused] == [True, False]
+    assert "room, checkpoints" in refused[1]["reason"]
+    assert "64.0 KiB are free" in refused[1]["reason"]
+    for event, text in zip(refused, told, strict=True):
+        assert f"holdfast: node {event['node']} is not let in: " in text
+    run.pace(0.0)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert not run.events("rank_joined")
+    assert not run.events("newcomer_refused")
+    assert run.output().count("is not let in: ") == 2

@@ -13,10 +13,9 @@ from rich.text import Text
 
 from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import ConfigError, printable
-from holdfast.parallel.links import given_secret
 from holdfast.parallel.output import plain_console, say
 from holdfast.trainer.config import load_config
-from holdfast.trainer.run import RunDirectory, checkpoint_root
+from holdfast.trainer.run import RunDirectory, checkpoint_root, job_secret
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def health(
             "--pairwise looks at all nodes of a job: start it by torchrun, srun or mpirun, as a "
             "process on each node"
         )
-    report = _job(world, settings, rounds) if world is not None else _alone(settings)
+    report = _alone(settings) if world is None else _job(world, settings, rounds, out)
     if world is None or world.rank == 0:
         _show(report, as_json=as_json)
     raise typer.Exit(0 if report.passed else 1)
@@ -116,10 +115,11 @@ def _alone(settings: NodeSettings) -> JobReport:
     return JobReport((check_node(settings),))
 
 
-def _job(world: WorldInfo, settings: NodeSettings, rounds: int) -> JobReport:
+def _job(world: WorldInfo, settings: NodeSettings, rounds: int, out: Path | None) -> JobReport:
     from holdfast.launch.health import check_job
 
-    world = replace(world, secret=given_secret(os.environ) if world.job else "")
+    if world.job:  # torchrun's own store has no secret
+        world = replace(world, secret=job_secret(os.environ, out))
     return check_job(world, settings, rounds)
 
 

@@ -95,16 +95,16 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 def require_health(
-    reports: Sequence[HealthReport], elders: Sequence[HealthReport] = ()
+    reports: Sequence[HealthReport], others: Sequence[HealthReport] = ()
 ) -> list[HealthReport]:
     """The reports of nodes, judged by each other. Pure.
 
     Args:
-        elders: reports of nodes in the run, against which the others are held.
+        others: reports of nodes in the run, against which the others are held.
     Raises:
         NodeRefused: some are sick.
     """
-    found = judged(reports, elders)
+    found = judged(reports, others)
     refused = [Refusal(report.node, report.failures) for report in found if not report.passed]
     if refused:
         raise NodeRefused(refused)

@@ -16,16 +16,16 @@ from holdfast.launch.health.report import Check, HealthReport
 
 
 def judged(
-    reports: Sequence[HealthReport], elders: Sequence[HealthReport] = ()
+    reports: Sequence[HealthReport], others: Sequence[HealthReport] = ()
 ) -> list[HealthReport]:
     """The reports, with each value held against those of the other nodes.
 
     Args:
-        elders: reports of nodes that are in the run already: the others are held against these, and
+        others: reports of nodes that are in the run already: the others are held against these, and
             they are not judged again.
     """
-    by_name = _by_name((*reports, *elders))
-    known = {report.node for report in elders}
+    by_name = _by_name((*reports, *others))
+    known = {report.node for report in others}
     return [
         msgspec.structs.replace(
             report,
@@ -44,14 +44,14 @@ def _by_name(reports: Sequence[HealthReport]) -> dict[str, dict[str, float | str
     return found
 
 
-def _judged(check: Check, node: str, values: Mapping[str, float | str], elders: set[str]) -> Check:
+def _judged(check: Check, node: str, values: Mapping[str, float | str], others: set[str]) -> Check:
     peers = {other: value for other, value in values.items() if other != node}
-    if elders:
-        peers = {other: value for other, value in peers.items() if other in elders}
+    if others:
+        peers = {other: value for other, value in peers.items() if other in others}
     if not check.passed or not check.comparison or not peers:
         return check
     if check.comparison in ("equal", "told"):
-        return _equal(check, list(peers.values()), is_newcomer=bool(elders))
+        return _equal(check, list(peers.values()), is_newcomer=bool(others))
     numbers = [value for value in peers.values() if isinstance(value, (int, float))]
     if not numbers or isinstance(check.value, str):
         return check

@@ -16,6 +16,7 @@ import pytest
 from support.network.elastic_network import Network, network
 from support.network.limited_links import limit_link, limit_node
 from support.processes.forked_command import ForkedCommand
+from support.runs.elastic_runs import Starter, Task
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -26,23 +27,28 @@ FAST, SLOW = 160, 20
 LOOK = ("health", "--pairwise", "--memory-mib", "4", "--disk-mib", "0")
 
 
+def by_torchrun(net: Network, rank: int) -> dict[str, str]:
+    """What torchrun sets for the only process of a node."""
+    return {
+        **{"RANK": str(rank), "WORLD_SIZE": str(net.size), "GROUP_RANK": str(rank)},
+        **{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29611"},
+    }
+
+
 def looked_at(
     net: Network,
     folder: Path,
     *arguments: str,
     variables: Mapping[int, Mapping[str, str]] | None = None,
+    by_slurm: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
     """The exit codes of `holdfast health --pairwise` on all nodes, and what the first one says."""
     processes = []
     for rank in range(net.size):
-        environment = {
-            **os.environ,
-            **{"RANK": str(rank), "WORLD_SIZE": str(net.size), "GROUP_RANK": str(rank)},
-            **{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29611"},
-            **{"OMP_NUM_THREADS": "1"},
-            **(variables or {}).get(rank, {}),
-        }
+        job = Task(net, rank).environment if by_slurm else by_torchrun(net, rank)
+        own = (variables or {}).get(rank, {})
+        environment = {**os.environ, **job, "OMP_NUM_THREADS": "1", **own}
         command = [*LOOK, "--json", *arguments]
         processes.append(
             ForkedCommand(
@@ -109,8 +115,10 @@ def test_a_slow_link_is_named_and_its_ends_are_not(tmp_path: Path) -> None:
 
 def test_a_node_with_wrong_bits_is_named_by_the_others(tmp_path: Path) -> None:
     wrong = {1: {"MKL_CBWR": "COMPATIBLE"}}  # other code of the same processor
+    path = Starter(tmp_path).write("run", parallel={"data": 3})
+    given = (str(path), "--out", str(tmp_path / "run"))
     with network("abc") as net:
-        codes, report = looked_at(net, tmp_path, variables=wrong)
+        codes, report = looked_at(net, tmp_path, *given, variables=wrong, by_slurm=True)
     assert codes == [1] * 3
     of_bits = {check for check in sick_checks(report) if check[1].startswith("bits of a product")}
     assert of_bits == {(1, "bits of a product, cores")}

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from holdfast.launch.launchers.nodes import node_name
+from support.network.elastic_network import network
 from support.processes.cluster import Cluster
-from support.runs.elastic_runs import LONGEST_S, Starter, bits_of, pace
+from support.runs.elastic_runs import LONGEST_S, Starter, Task, bits_of, pace
 from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
 TRAIN = {"steps": 20, "global_batch": 4}
 MODEL = {"layers": 2}
+HEALTH = {"health": "start"}
 WRONG_BITS = ("env", "MKL_CBWR=COMPATIBLE")
 """Another code of the same processor for the same products."""
 FULL_DISK = (
@@ -41,12 +44,11 @@ def expected(cluster: Cluster) -> dict[str, Any]:
 def test_sick_nodes_are_refused_and_the_run_goes_on(
     start: Starter, expected: dict[str, Any]
 ) -> None:
-    elastic = {"local_nodes": 2, "health": "start"}
     run = start(
         train=TRAIN,
         model=MODEL,
         parallel={"data": 2},
-        elastic=pace(elastic, SLOWEST_PACE_S),
+        elastic=pace({"local_nodes": 2, **HEALTH}, SLOWEST_PACE_S),
     )
     run.wait_for_step(1)
     assert (run.root / "health.json").is_file()
@@ -72,3 +74,22 @@ def test_sick_nodes_are_refused_and_the_run_goes_on(
     assert not run.events("rank_joined")
     assert not run.events("newcomer_refused")
     assert run.output().count("is not let in: ") == 2
+
+
+def test_a_job_does_not_begin_with_a_sick_node(start: Starter) -> None:
+    path = start.write("job", train=TRAIN, model=MODEL, parallel={"data": 3}, elastic=HEALTH)
+    with network("abc") as net:
+        sick = start.task(path, "job", Task(net, 1), inside=WRONG_BITS)
+        well = start.task(path, "job", Task(net, 2))
+        run = start.start(path, "job", task=Task(net, 0))
+        assert run.finish() == 2
+        assert [sick.wait(LONGEST_S), well.wait(LONGEST_S)] == [2, 2]
+    refused = {event["node"]: event["reason"] for event in run.events("node_refused")}
+    assert [node for node, reason in refused.items() if "bits of a product" in reason] == [
+        node_name((1,))
+    ]
+    assert not run.events("worker_started")
+    assert not (run.root / "health.json").exists()
+    for name in ("job", "job-task-1", "job-task-2"):
+        text = (run.root.parent / f"{name}.txt").read_text()
+        assert f"holdfast: node {node_name((1,))} is not let in: " in text

@@ -446,10 +446,12 @@ class Agent:
         if self.shutdown.draining or self.shutdown.kill_at_s is not None:
             return
         if not self._others.are_known_to_train(self._slots):
-            tell_person(f"{self._who} has {error}; it goes on, as no other node trains")
+            told = "goes on, as no other node trains, though its machine reports"
+            tell_person(f"{self._who} {told}: {error}")
             return
-        tell_person(f"{self._who} leaves: {error}")
-        self._drain(f"has {error}")
+        why = f"leaves, as its machine reports: {error}"
+        tell_person(f"{self._who} {why}")
+        self._drain(why)
 
     def _drain(self, why: str = "is to be shut down") -> None:
         """Announce that this node leaves.

@@ -69,13 +69,21 @@ class Meeting:
         self._store.set(f"{what}/{self._own}", msgspec.json.encode(value).decode())
         try:
             if self._own == self._members[0]:
-                told = [self._store.get(f"{what}/{rank}") for rank in self._members]
+                told = [self._told(what, rank) for rank in self._members]
                 self._store.set(what, b"[" + b",".join(told) + b"]")  # pyrefly: ignore
             return decode_json(self._store.get(what), list[kind])  # pyrefly: ignore
         except RuntimeError as error:
             raise PeerLost(
-                f"a process of this job has not told its {what}: {first_line(error)}; see the "
-                "other logs"
+                f"rank {self._members[0]} of this job has not told the {what} of all: "
+                f"{first_line(error)}; see its log"
+            ) from error
+
+    def _told(self, what: str, rank: int) -> bytes:
+        try:
+            return self._store.get(f"{what}/{rank}")
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {rank} of this job has not told its {what}: {first_line(error)}; see its log"
             ) from error
 
     def leave(self, everyone: int) -> None:

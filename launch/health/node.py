@@ -56,7 +56,7 @@ def check_node(settings: NodeSettings) -> HealthReport:
     for part, folder in settings.folders.items() if settings.disk_mib else ():
         needed = checkpoint_bytes(config) if settings.config and part == CHECKPOINTS else 0
         checks += check_disk(part, folder, settings.disk_mib << 20, needed)
-    checks += check_cores()
+    checks += check_cores(trains=not gpus)
     for device in gpus:
         checks += check_device(device)
     checks += check_clocks(settings.roots)

@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from holdfast.launch.health.report import Check, failed
+from holdfast.launch.health.report import LEAST_SHARE, Check, Comparison, failed
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 
 _SEED = 20_260_102
@@ -26,13 +26,16 @@ _SIDE = 512
 """The side of a matrix on a core: one product takes some milliseconds."""
 _DEVICE_SIDE = 4096
 _REPETITIONS = 8
+_BESIDE_GPUS = 0.3
+"""The share of the other nodes' rate that a core must reach where it computes no step."""
 
 
-def check_cores(cores: Sequence[int] | None = None) -> list[Check]:
+def check_cores(cores: Sequence[int] | None = None, *, trains: bool = True) -> list[Check]:
     """The products of all cores of this process, one core after the other. Local.
 
     Args:
         cores: None: those on which this process may run.
+        trains: whether a run computes on the cores; beside GPUs, nodes may have other processors.
     """
     operands = _operands(_SIDE, torch.device("cpu"))
     cores = sorted(os.sched_getaffinity(0)) if cores is None else cores
@@ -47,9 +50,10 @@ def check_cores(cores: Sequence[int] | None = None) -> list[Check]:
             rates.append(rate)
     finally:
         torch.set_num_threads(threads)
+    share = LEAST_SHARE if trains else _BESIDE_GPUS
     return [
-        Check("rate of a product, a core", median(rates), "GFLOP/s", "least"),
-        bits_check("bits of a product, cores", digests),
+        Check("rate of a product, a core", median(rates), "GFLOP/s", "least", share),
+        bits_check("bits of a product, cores", digests, "equal" if trains else "told"),
     ]
 
 
@@ -63,11 +67,14 @@ def check_device(device: torch.device) -> list[Check]:
     ]
 
 
-def bits_check(name: str, digests: Mapping[str, Sequence[str]]) -> Check:
+def bits_check(
+    name: str, digests: Mapping[str, Sequence[str]], comparison: Comparison = "equal"
+) -> Check:
     """The check of digests that must all be equal. Pure.
 
     Args:
         digests: those of equal products, by the core or device that has computed them.
+        comparison: with the other nodes.
     """
     counts = Counter(digest for found in digests.values() for digest in found)
     usual = counts.most_common(1)[0][0]
@@ -75,7 +82,7 @@ def bits_check(name: str, digests: Mapping[str, Sequence[str]]) -> Check:
     if wrong:
         told = ", ".join(f"{n} of {len(digests[where])} on {where}" for where, n in wrong.items())
         return failed(name, usual, "", f"equal products have other bits: {told}")
-    return Check(name, usual, comparison="equal")
+    return Check(name, usual, comparison=comparison)
 
 
 def _others(digests: Sequence[str], usual: str) -> int:
@@ -87,7 +94,8 @@ def _on_core(core: int, operands: tuple[Tensor, Tensor]) -> tuple[list[str], flo
     found: list[tuple[list[str], float]] = []
 
     def work() -> None:
-        os.sched_setaffinity(0, {core})  # of this thread
+        os.sched_setaffinity(0, {core})  # of this thread, as is the number of threads that it uses
+        torch.set_num_threads(1)
         found.append(_repeated(operands, lambda: None))
 
     thread = threading.Thread(target=work, name=f"holdfast-core-{core}")

@@ -196,8 +196,7 @@ class _RunView:
         if name == "node_refused":
             note(f"node {line['node']} is not let in: {line['reason']}")
         elif name == "machine_error":
-            leaves = "; its workers leave" if line["serious"] else ""
-            note(f"node {line['node']}: {line['what']}{leaves}")
+            note(f"node {line['node']}: {line['what']}")
         elif name == "rank_lost":
             note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):

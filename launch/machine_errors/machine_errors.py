@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from holdfast.launch.machine_errors.counters import read_counts
-from holdfast.launch.machine_errors.gpus import gpu_states
+from holdfast.launch.machine_errors.gpus import GpuState, gpu_states
 from holdfast.launch.machine_errors.kernel_messages import KernelMessages
 from holdfast.launch.machine_errors.kinds import MachineError
 from holdfast.launch.machine_errors.roots import MachineRoots
@@ -25,15 +25,16 @@ class MachineErrors:
         """Begin with what the counters say now; that is no news."""
         self._roots, self._clock = roots or MachineRoots(), clock
         self._messages = KernelMessages(self._roots.kernel_messages)
-        self._counts = self._read()
+        self._counts = self._read(gpu_states(by_program=False))
         self._waiting: dict[MachineError, int] = {}
         """What has not been told, as its kind was told lately."""
         self._told_s: dict[MachineError, float] = {}
 
     def look(self) -> list[MachineError]:
         """The errors since the last look that are to be told now."""
-        counts = self._read()
-        new = [*risen(self._counts, counts), *self._messages.errors()]
+        gpus = gpu_states(by_program=False)  # no program is started every few seconds
+        counts = self._read(gpus)
+        new = [*risen(self._counts, counts), *self._messages.errors(), *_slowed(gpus)]
         self._counts = counts
         for error in new:
             of = replace(error, count=0)
@@ -50,8 +51,8 @@ class MachineErrors:
     def close(self) -> None:
         self._messages.close()
 
-    def _read(self) -> dict[MachineError, int]:
-        return read_counts(self._roots) | dict(_of_gpus())
+    def _read(self, gpus: Sequence[GpuState]) -> dict[MachineError, int]:
+        return read_counts(self._roots) | dict(_counted(gpus))
 
 
 def risen(
@@ -69,9 +70,17 @@ def risen(
     ]
 
 
-def _of_gpus() -> Iterable[tuple[MachineError, int]]:
-    """What the drivers of GPUs count. Starts no program: it is asked every few seconds."""
-    for gpu in gpu_states(by_program=False):
+def _counted(gpus: Sequence[GpuState]) -> Iterator[tuple[MachineError, int]]:
+    """What the drivers of GPUs count."""
+    for gpu in gpus:
         if gpu.uncorrectable is not None:
             what = "an error of a GPU's memory that cannot be corrected"
-            yield MachineError("memory_uncorrectable", gpu.device, 0, what, True), gpu.uncorrectable
+            of = MachineError("memory_uncorrectable", gpu.device, 0, what, is_serious=True)
+            yield of, gpu.uncorrectable
+
+
+def _slowed(gpus: Sequence[GpuState]) -> Iterator[MachineError]:
+    """The GPUs that are slowed down at this look."""
+    for gpu in gpus:
+        if gpu.slowed:
+            yield MachineError("throttled", gpu.device, 1, "a GPU is slowed down by heat or power")

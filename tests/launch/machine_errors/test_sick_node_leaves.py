@@ -71,7 +71,10 @@ def test_a_node_with_an_uncorrectable_error_leaves_and_no_bit_changes(
     assert serious[0]["node"].endswith("-0")
     assert [event["rank"] for event in run.events("rank_left")] == [0]
     assert not run.events("rank_lost")
-    assert "leaves: a memory error that cannot be corrected (mc0)" in run.output()
+    assert (
+        "leaves, as its machine reports: a memory error that cannot be corrected (mc0)"
+        in run.output()
+    )
     expected = bits_of(run_training(cluster, make_config(train=TRAIN, model=MODEL)))
     assert run.bits() == expected
 
@@ -83,7 +86,7 @@ def test_a_node_that_is_alone_in_a_run_goes_on(tmp_path: Path) -> None:
     try:
         run.wait_for_step(2)
         tree.count(UNCORRECTABLE, 2)
-        run.wait_until(lambda: "it goes on, as no other node trains" in run.output(), "it is told")
+        run.wait_until(lambda: "goes on, as no other node trains" in run.output(), "it is told")
         run.pace(0.0, rank=1)
         assert run.finish() == 0, run.output()
     finally:

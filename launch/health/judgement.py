@@ -51,7 +51,7 @@ def _judged(check: Check, node: str, values: Mapping[str, float | str], others: 
     if not check.passed or not check.comparison or not peers:
         return check
     if check.comparison in ("equal", "told"):
-        return _equal(check, list(peers.values()), is_newcomer=bool(others))
+        return _equal(check, list(peers.values()))
     numbers = [value for value in peers.values() if isinstance(value, (int, float))]
     if not numbers or isinstance(check.value, str):
         return check
@@ -72,12 +72,12 @@ def _rate(check: Check, value: float, peers: Sequence[float]) -> Check:
     return msgspec.structs.replace(check, limit=limit, passed=value >= limit, reason=reason)
 
 
-def _equal(check: Check, peers: Sequence[float | str], *, is_newcomer: bool) -> Check:
-    """A value that must be that of most nodes, its own counted; a newcomer's counts for nothing.
+def _equal(check: Check, peers: Sequence[float | str]) -> Check:
+    """A value that must be that of most nodes, this one counted.
 
     Where two values are equally frequent, it is unknown which is wrong, and all are.
     """
-    counts = Counter(peers if is_newcomer else [*peers, check.value])
+    counts = Counter([*peers, check.value])
     (usual, most), *others = counts.most_common(2)
     tied = bool(others) and others[0][1] == most
     if not tied and usual == check.value:

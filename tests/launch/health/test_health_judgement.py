@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given, strategies as st
@@ -60,6 +61,7 @@ def test_the_limit_is_told() -> None:
         (["b", "a", "a", "a"], ["0"]),
         (["a", "b"], ["0", "1"]),  # it is unknown which is wrong
         (["a", "b", "c"], ["0", "1", "2"]),
+        (["a", "a", "b", "b"], ["0", "1", "2", "3"]),
         (["a"], []),
     ],
 )
@@ -113,9 +115,12 @@ def test_two_rounds_give_every_node_two_partners(count: int) -> None:
     assert all(len(found) >= 2 for found in own.values())
 
 
-def rates(count: int, rounds: int, slow_node: int = -1, slow_link: tuple[int, int] = (-1, -1)):
+def rates(
+    count: int, rounds: int, slow: Collection[int] = (), slow_link: tuple[int, int] = (-1, -1)
+) -> list[LinkRate]:
+    """What is measured between so many nodes, of which some or one link are slow."""
     return [
-        LinkRate(number, pair, 1e7 if slow_node in pair or pair == slow_link else 1e8, 1e-4)
+        LinkRate(number, pair, 1e7 if {*slow} & {*pair} or pair == slow_link else 1e8, 1e-4)
         for number in range(rounds_of(count, rounds))
         for pair in partners(count, number)
     ]
@@ -124,9 +129,15 @@ def rates(count: int, rounds: int, slow_node: int = -1, slow_link: tuple[int, in
 @given(st.integers(4, 24), st.data())
 def test_a_slow_end_is_named_after_two_rounds_and_only_it(count: int, data: st.DataObject) -> None:
     slow = data.draw(st.integers(0, count - 1))
-    verdict = verdict_of(rates(count, 2, slow_node=slow))
+    verdict = verdict_of(rates(count, 2, slow=[slow]))
     assert list(verdict.nodes) == [slow]
     assert all(slow in link for link in verdict.links)
+
+
+@pytest.mark.parametrize("slow", itertools.combinations(range(6), 2))
+def test_two_slow_ends_of_six_are_told_apart_by_all_pairs(slow: tuple[int, int]) -> None:
+    """More than half of the links are slow then."""
+    assert sorted(verdict_of(rates(6, 0, slow=slow)).nodes) == [*slow]
 
 
 @given(st.integers(4, 24), st.data())
@@ -156,7 +167,7 @@ def test_a_link_that_cannot_be_used_is_slow_and_so_is_one_with_a_long_way() -> N
 
 def test_the_report_of_a_job_names_nodes_by_their_names() -> None:
     reports = [HealthReport(name) for name in "abcd"]
-    report = job_report(reports, rates(4, 2, slow_node=1))
+    report = job_report(reports, rates(4, 2, slow=[1]))
     assert sick(list(report.nodes)) == ["b"]
     assert [link.nodes for link in report.links if not link.passed] == [("b", "c"), ("a", "b")]
     assert not report.passed

@@ -40,6 +40,14 @@ def test_a_counter_that_rises_is_told_with_its_device_and_by_how_much(tree: Mach
     assert errors.look() == []
 
 
+def test_what_a_device_had_counted_before_it_came_is_no_news(tree: MachineTree) -> None:
+    errors = MachineErrors(tree.roots)
+    tree.count("devices/system/edac/mc/mc0/ue_count", 5)
+    assert errors.look() == []
+    tree.count("devices/system/edac/mc/mc0/ue_count", 6)
+    assert [error.count for error in errors.look()] == [1]
+
+
 @pytest.mark.parametrize("counter", COUNTERS, ids=lambda counter: counter.pattern)
 def test_every_counter_is_read_where_the_kernel_has_it(tree: MachineTree, counter: object) -> None:
     path = counter.pattern  # type: ignore[attr-defined]

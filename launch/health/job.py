@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median_low
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -45,6 +46,13 @@ class Rate(msgspec.Struct, frozen=True):
 
     bytes_per_s: float = 0.0
     latency_s: float = 0.0
+    error: str = ""
+
+
+class Offset(msgspec.Struct, frozen=True):
+    """How far a node's clock is from the first node's."""
+
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -133,7 +141,7 @@ def _of_nodes(
     host = own_address_towards(world.store_host, world.store_port) if len(firsts) > 1 else ""
     with LinkServer(host or "127.0.0.1") as server:
         addresses = meeting.gather("address", server.address, str)
-        report = _with_clock(report, addresses[0] if own else "")
+        offsets = meeting.gather("offset", _offset(addresses[0] if own else ""), Offset)
         rates: list[LinkRate] = []
         for number in range(rounds_of(len(firsts), rounds)):
             pairs = partners(len(firsts), number)
@@ -144,15 +152,18 @@ def _of_nodes(
             rates += [LinkRate(number, p, *_rate_of(told[p[0]])) for p in pairs]
         meeting.gather("end", own, int)  # until then others may measure towards this node
     reports = meeting.gather("report", report, HealthReport)
-    return job_report(judged(reports), rates)
+    return job_report(judged(reports), rates, offsets)
 
 
-def job_report(reports: Sequence[HealthReport], rates: Sequence[LinkRate]) -> JobReport:
+def job_report(
+    reports: Sequence[HealthReport], rates: Sequence[LinkRate], offsets: Sequence[Offset]
+) -> JobReport:
     """The report on a job: what links show of nodes stands among the nodes' own checks. Pure."""
+    clocks = clock_checks(offsets)
     verdict = verdict_of(rates)
     nodes = []
     for number, report in enumerate(reports):
-        checks = report.checks
+        checks = (*report.checks, clocks[number])
         if rates:
             own = [rate for rate in rates if number in rate.nodes]
             slowest = min((rate.bytes_per_s for rate in own), default=0.0) / 1e6
@@ -188,21 +199,37 @@ def _rate_of(rate: Rate) -> tuple[float, float]:
     return (0.0, float("1e9")) if rate.error else (rate.bytes_per_s, rate.latency_s)
 
 
-def _with_clock(report: HealthReport, first: str) -> HealthReport:
-    """The report with the offset of this node's clock from the first node's.
+def _offset(first: str) -> Offset:
+    """The offset of this node's clock from the first node's.
 
     Args:
         first: the address of the first node; empty on that node.
     """
-    name, offset_s = "clock of the node", 0.0
+    if not first:
+        return Offset()
     try:
-        if first:
-            with LinkClient(first) as client:
-                offset_s = -client.clock()[0]
-        check = Check(name, offset_s, "s", limit=MOST_OFFSET_S)
-        if abs(offset_s) > MOST_OFFSET_S:
-            told = f"{offset_s:+.3f} s beside the first node's; synchronise the clocks (NTP)"
-            check = failed(name, offset_s, "s", told)
+        with LinkClient(first) as client:
+            return Offset(-client.clock()[0])
     except (OSError, EOFError) as error:
-        check = failed(name, 0.0, "s", f"the first node cannot be reached: {first_line(error)}")
-    return msgspec.structs.replace(report, checks=(*report.checks, check))
+        return Offset(error=first_line(error))
+
+
+def clock_checks(offsets: Sequence[Offset]) -> list[Check]:
+    """The checks of all nodes' clocks, from their offsets from one of them. Pure.
+
+    They are held against the median, so that a wrong clock of that one is its own fault.
+    """
+    name = "clock of the node"
+    usual_s = median_low([offset.seconds for offset in offsets if not offset.error])
+    checks = []
+    for offset in offsets:
+        off_s = offset.seconds - usual_s
+        if offset.error:
+            told = f"the first node cannot be reached: {offset.error}"
+            checks.append(failed(name, 0.0, "s", told))
+        elif abs(off_s) > MOST_OFFSET_S:
+            told = f"{off_s:+.3f} s beside the other nodes'; synchronise the clocks (NTP)"
+            checks.append(failed(name, off_s, "s", told))
+        else:
+            checks.append(Check(name, off_s, "s", limit=MOST_OFFSET_S))
+    return checks

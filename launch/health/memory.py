@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from holdfast.launch.health.report import Check, failed
+from holdfast.trainer.config import machine_memory_bytes
 
 _CHUNK = 1 << 20
 """Words that are made and compared at a time."""
@@ -64,7 +65,12 @@ def first_fault(words: Tensor, pattern: str) -> str:
 
 
 def check_memory(device: torch.device, tested_bytes: int) -> Check:
-    """The memory test of one device, on as much as it gives of what is asked. Local."""
+    """The memory test of one device, on as much as it gives of what is asked. Local.
+
+    Of the machine's memory an eighth is tested at most.
+    """
+    if device.type == "cpu":
+        tested_bytes = min(tested_bytes, machine_memory_bytes() // 8)
     name, words = f"memory of {device}", tested_bytes // 8
     while True:
         try:

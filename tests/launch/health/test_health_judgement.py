@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from holdfast.launch.health.admission import NodeRefused, require_health
-from holdfast.launch.health.job import MOST_OFFSET_S, job_report
+from holdfast.launch.health.job import Offset, clock_checks, job_report
 from holdfast.launch.health.judgement import judged
 from holdfast.launch.health.pairs import LinkRate, partners, rounds_of, verdict_of
 from holdfast.launch.health.report import Check, HealthReport, failed
@@ -134,7 +134,7 @@ def test_a_slow_end_is_named_after_two_rounds_and_only_it(count: int, data: st.D
     assert all(slow in link for link in verdict.links)
 
 
-@pytest.mark.parametrize("slow", itertools.combinations(range(6), 2))
+@pytest.mark.parametrize("slow", [*itertools.combinations(range(6), 2)])
 def test_two_slow_ends_of_six_are_told_apart_by_all_pairs(slow: tuple[int, int]) -> None:
     """More than half of the links are slow then."""
     assert sorted(verdict_of(rates(6, 0, slow=slow)).nodes) == [*slow]
@@ -167,8 +167,30 @@ def test_a_link_that_cannot_be_used_is_slow_and_so_is_one_with_a_long_way() -> N
 
 def test_the_report_of_a_job_names_nodes_by_their_names() -> None:
     reports = [HealthReport(name) for name in "abcd"]
-    report = job_report(reports, rates(4, 2, slow=[1]))
+    report = job_report(reports, rates(4, 2, slow=[1]), [Offset()] * 4)
     assert sick(list(report.nodes)) == ["b"]
     assert [link.nodes for link in report.links if not link.passed] == [("b", "c"), ("a", "b")]
     assert not report.passed
-    assert MOST_OFFSET_S == 1.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([0.0, 0.9, -0.9], []),
+        ([0.0, 1.1, 0.0], [1]),
+        ([0.0, -7.0, 0.1, 0.2], [1]),
+        ([0.0, 30.0, 30.1, 29.9], [0]),  # the clock by which they were measured
+        ([0.0], []),
+    ],
+)
+def test_a_clock_beyond_a_second_of_the_others_is_wrong(
+    seconds: list[float], expected: list[int]
+) -> None:
+    checks = clock_checks([Offset(offset) for offset in seconds])
+    assert [number for number, check in enumerate(checks) if not check.passed] == expected
+
+
+def test_a_node_that_does_not_reach_the_first_one_says_so() -> None:
+    checks = clock_checks([Offset(), Offset(error="no route to host")])
+    assert [check.passed for check in checks] == [True, False]
+    assert checks[1].reason == "the first node cannot be reached: no route to host"

@@ -66,6 +66,8 @@ def test_a_node_with_an_uncorrectable_error_leaves_and_no_bit_changes(
         assert run.finish() == 0, run.output()
     finally:
         run.process.kill()
+    (node,) = {event["node"] for event in run.events("machine_error")}
+    assert f"node {node}: memory errors that were corrected (mc0, 2 times)" in run.output()
     serious = [event for event in run.events("machine_error") if event["serious"]]
     assert [event["kind"] for event in serious] == ["memory_uncorrectable"]
     assert serious[0]["node"].endswith("-0")

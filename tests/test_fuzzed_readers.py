@@ -21,6 +21,7 @@ FILES = (
     "error of a rank",
     "events",
     "faults asked for",
+    "health",
     "identity",
     "join file",
     "metrics",

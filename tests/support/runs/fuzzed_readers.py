@@ -24,6 +24,8 @@ from holdfast.elastic.membership_events import (
     event_to_data,
 )
 from holdfast.elastic.roll import Roll, RunEnd
+from holdfast.launch.health.admission import WrittenHealth, read_health, require_health
+from holdfast.launch.health.report import Check, HealthReport
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, parse_record
 from holdfast.parallel.errors import ConfigError, MembershipError
@@ -190,6 +192,10 @@ def file_readers(folder: Path) -> dict[str, Reader]:
         "error of a rank": Reader(
             reading(run.error(0), lambda: read_error(run, 0)), (run.error(0).read_bytes(),)
         ),
+        "health": Reader(
+            reading(run.health, lambda: require_health([_NEW], read_health(run, "token"))),
+            (msgspec.json.encode(WrittenHealth("token", (_NODE, _NODE))),),
+        ),
         "identity": Reader(
             reading(folder / IDENTITY, lambda: read_identity(folder)),
             (msgspec.json.encode(identity),),
@@ -211,6 +217,14 @@ def file_readers(folder: Path) -> dict[str, Reader]:
             (_changes(),),
         ),
     }
+
+
+_NODE = HealthReport(
+    "a", (Check("rate", 2.5, "GFLOP/s", "least", limit=1.75), Check("bits", "ab", "", "equal"))
+)
+
+
+_NEW = HealthReport("b", _NODE.checks)
 
 
 def _asked(path: Path) -> None:

@@ -88,7 +88,7 @@ def health(
         )
     report = _alone(settings) if world is None else _job(world, settings, rounds, out)
     if world is None or world.rank == 0:
-        _show(report, as_json=as_json)
+        _show(report, as_json=as_json, launched=world is not None)
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -123,18 +123,24 @@ def _job(world: WorldInfo, settings: NodeSettings, rounds: int, out: Path | None
     return check_job(world, settings, rounds)
 
 
-def _show(report: JobReport, *, as_json: bool) -> None:
+def _show(report: JobReport, *, as_json: bool, launched: bool) -> None:
+    """Print a report: as JSON, or as tables.
+
+    Args:
+        launched: whether a launcher has started this process: a terminal is then that launcher's.
+    """
     if as_json:
         say(report.to_json().decode())
         return
     from holdfast.launch.health import rows_of
 
+    console = plain_console(terminal=False if launched else None)
     table = Table(box=None, padding=(0, 1))
     for column in ("node", "check", "value", "limit", "result"):
         table.add_column(column, overflow="fold")
     for row in rows_of(report.nodes):
         table.add_row(*(Text(printable(cell)) for cell in row))
-    plain_console().print(table)
+    console.print(table)
     if report.links:
         links = Table(box=None, padding=(0, 1))
         for column in ("round", "link", "MB/s", "ms", "result"):
@@ -147,6 +153,6 @@ def _show(report: JobReport, *, as_json: bool) -> None:
                 f"{1e3 * link.latency_s:,.3g}",
                 "ok" if link.passed else Text(printable(f"FAILED: {link.reason}")),
             )
-        plain_console().print(links)
+        console.print(links)
     for line in report.verdict():
         say(printable(line))

@@ -131,3 +131,33 @@ def test_a_node_with_wrong_bits_is_named_by_the_others(tmp_path: Path) -> None:
     ]
     assert len(clocks) == 3
     assert max(map(abs, clocks)) < 0.1  # they share one clock
+
+
+def test_a_node_that_is_well_alone_ends_with_0_and_wrong_arguments_with_2(tmp_path: Path) -> None:
+    def told(name: str, *arguments: str) -> tuple[int, str, str]:
+        output, errors = tmp_path / f"{name}.out", tmp_path / f"{name}.err"
+        done = ForkedCommand(
+            ["health", *arguments], output, {**os.environ, "OMP_NUM_THREADS": "1"}, errors=errors
+        )
+        return done.wait(LONGEST_S), output.read_text(), errors.read_text()
+
+    small = ("--path", str(tmp_path), "--memory-mib", "4", "--disk-mib", "4")
+    code, said, _ = told("well", *small, "--json")
+    assert code == 0
+    report = json.loads(said)
+    assert report["passed"]
+    names = [check["name"] for check in report["nodes"][0]["checks"]]
+    assert "memory of cpu" in names
+    assert f"room, {tmp_path}" in names
+    code, said, _ = told("table", *small)
+    assert code == 0
+    assert said.endswith("1 node: nothing is wrong\n")
+    for arguments, reason in (
+        (("--pairwise",), "start it by torchrun, srun or mpirun"),
+        (("--set", "model.layers=2"), "name its CONFIG.toml"),
+        ((str(tmp_path / "none.toml"),), "none.toml"),
+        (("--rounds", "-1"), "--rounds"),
+    ):
+        code, _, errors = told("wrong", *arguments)
+        assert code == 2
+        assert reason in errors

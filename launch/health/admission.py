@@ -7,7 +7,6 @@ that is under way nothing.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ from holdfast.trainer.run import RunDirectory
 CHECK_S = 90.0
 """Seconds after which a node that has not finished its checks is sick: it takes about ten."""
 _MOST_BYTES = 1 << 26
-_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +66,23 @@ def own_report(config: RunConfig, run: Path, node: str) -> HealthReport:
         run: the folder of the run, which need not exist yet.
         node: the name of this node in the run.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _JOB}
     with scratch_folder() as folder:
         path = folder / "config.toml"
         write_whole(path, dump_toml(anchored(config)).encode())
         command = [sys.executable, "-m", "holdfast.launch.cli", "health", str(path), "--json"]
         command += ["--out", str(run.absolute())]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
-            done = subprocess.run(
-                command, capture_output=True, timeout=CHECK_S, env=environment, text=True
-            )
+            said, errors = process.communicate(timeout=CHECK_S)
         except subprocess.TimeoutExpired:
+            process.kill()  # in a call to a broken device it does not end, and is not waited for
             return _sick(node, f"its checks have not ended within {CHECK_S:g} s")
     try:
-        (found,) = decode_json(done.stdout, _Answer).nodes
+        (found,) = decode_json(said, _Answer).nodes
     except ValueError:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        reason = (errors.strip() or f"exit code {process.returncode}").splitlines()[-1]
         return _sick(node, f"its checks have failed: {reason}")
     return msgspec.structs.replace(found, node=node)
 

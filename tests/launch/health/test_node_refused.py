@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.launch.health import admission
 from holdfast.launch.launchers.nodes import node_name
 from support.network.elastic_network import network
 from support.processes.cluster import Cluster
@@ -92,4 +93,25 @@ def test_a_job_does_not_begin_with_a_sick_node(start: Starter) -> None:
     assert not (run.root / "health.json").exists()
     for name in ("job", "job-task-1", "job-task-2"):
         text = (run.root.parent / f"{name}.txt").read_text()
-        assert f"holdfast: node {node_name((1,))} is not let in: " in text
+        assert f"node {node_name((1,))} is not let in: " in text
+
+
+def test_checks_that_do_not_end_or_fail_are_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that stands for the checks: one that sleeps, and one that says why it ends."""
+    python = tmp_path / "python"
+    monkeypatch.setattr("sys.executable", str(python))
+    for body, reason in (
+        ("exec sleep 600", "its checks have not ended within 0.2 s"),
+        ("echo holdfast: no device >&2; exit 2", "its checks have failed: holdfast: no device"),
+        ("exit 7", "its checks have failed: exit code 7"),
+    ):
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        python.chmod(0o755)
+        limit_s = 0.2 if "sleep" in body else admission.CHECK_S
+        monkeypatch.setattr(admission, "CHECK_S", limit_s)
+        report = admission.own_report(make_config(), tmp_path / "run", "n")
+        assert report.failures == (f"health: {reason}",)
+        monkeypatch.undo()
+        monkeypatch.setattr("sys.executable", str(python))

@@ -86,10 +86,10 @@ def health(
             "--pairwise looks at all nodes of a job: start it by torchrun, srun or mpirun, as a "
             "process on each node"
         )
-    report = _alone(settings) if world is None else _job(world, settings, rounds, out)
-    if world is None or world.rank == 0:
+    is_well, report = _alone(settings) if world is None else _job(world, settings, rounds, out)
+    if report is not None:
         _show(report, as_json=as_json, launched=world is not None)
-    raise typer.Exit(0 if report.passed else 1)
+    raise typer.Exit(0 if is_well else 1)
 
 
 def _settings(
@@ -109,13 +109,16 @@ def _settings(
     return NodeSettings(config, {**own, **named})
 
 
-def _alone(settings: NodeSettings) -> JobReport:
+def _alone(settings: NodeSettings) -> tuple[bool, JobReport]:
     from holdfast.launch.health import JobReport, check_node
 
-    return JobReport((check_node(settings),))
+    report = JobReport((check_node(settings),))
+    return report.passed, report
 
 
-def _job(world: WorldInfo, settings: NodeSettings, rounds: int, out: Path | None) -> JobReport:
+def _job(
+    world: WorldInfo, settings: NodeSettings, rounds: int, out: Path | None
+) -> tuple[bool, JobReport | None]:
     from holdfast.launch.health import check_job
 
     if world.job:  # torchrun's own store has no secret

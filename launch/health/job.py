@@ -68,27 +68,50 @@ class Meeting:
         """
         self._store, self._members, self._own = store, members, own
 
+    def collect(self, what: str, value: _T, kind: type[_T]) -> list[_T]:
+        """The values of all members in their order, on the first of them; on others nothing.
+
+        Raises:
+            PeerLost: a member has not told its own in time.
+        """
+        self._store.set(f"{what}/{self._own}", msgspec.json.encode(value).decode())
+        if self._own != self._members[0]:
+            return []
+        return [decode_json(self._get(f"{what}/{n}", n, what), kind) for n in self._members]
+
+    def tell(self, what: str, value: _T, kind: type[_T]) -> _T:
+        """The value of the first member.
+
+        Raises:
+            PeerLost: it has not told it in time.
+        """
+        first = self._members[0]
+        if self._own == first:
+            self._store.set(what, msgspec.json.encode(value).decode())
+            return value
+        return decode_json(self._get(what, first, what), kind)
+
     def gather(self, what: str, value: _T, kind: type[_T]) -> list[_T]:
         """The values of all members, in their order.
 
         Raises:
             PeerLost: a member has not told its own in time.
         """
-        self._store.set(f"{what}/{self._own}", msgspec.json.encode(value).decode())
-        try:
-            if self._own == self._members[0]:
-                told = [self._told(what, rank) for rank in self._members]
-                self._store.set(what, b"[" + b",".join(told) + b"]")  # pyrefly: ignore
-            return decode_json(self._store.get(what), list[kind])  # pyrefly: ignore
-        except RuntimeError as error:
-            raise PeerLost(
-                f"rank {self._members[0]} of this job has not told the {what} of all: "
-                f"{first_line(error)}; see its log"
-            ) from error
+        found = self.collect(what, value, kind)
+        return self.tell(f"all {what}", found, list[kind])  # pyrefly: ignore
 
-    def _told(self, what: str, rank: int) -> bytes:
+    def wait(self, what: str) -> None:
+        """Return once all members have come here.
+
+        Raises:
+            PeerLost: one has not come in time.
+        """
+        self.collect(what, self._own, int)
+        self.tell(f"all {what}", True, bool)
+
+    def _get(self, key: str, rank: int, what: str) -> bytes:
         try:
-            return self._store.get(f"{what}/{rank}")
+            return self._store.get(key)
         except RuntimeError as error:
             raise PeerLost(
                 f"rank {rank} of this job has not told its {what}: {first_line(error)}; see its log"
@@ -102,11 +125,15 @@ class Meeting:
             time.sleep(0.05)
 
 
-def check_job(world: WorldInfo, settings: NodeSettings, rounds: int) -> JobReport:
-    """Look at all nodes of a job. Collective over its processes; equal on each.
+def check_job(
+    world: WorldInfo, settings: NodeSettings, rounds: int
+) -> tuple[bool, JobReport | None]:
+    """Look at all nodes of a job. Collective over its processes.
 
     Args:
         rounds: the number of partners with which each node measures its links; 0: all others.
+    Returns:
+        Whether all is well, on each process; on rank 0 what was found.
     Raises:
         PeerLost: a process has not come, or is gone.
     """
@@ -119,40 +146,43 @@ def check_job(world: WorldInfo, settings: NodeSettings, rounds: int) -> JobRepor
     everyone = Meeting(store, range(world.world_size), world.rank)
     places = everyone.gather("place", Place(world.local_rank == 0), Place)
     firsts = [rank for rank, place in enumerate(places) if place.is_first]
-    report = JobReport(())
+    report = None
     if world.rank in firsts:
         named = settings.name or f"{socket.gethostname()}-{world.rank}"
         meeting = Meeting(PrefixStore("nodes", store), firsts, world.rank)
         report = _of_nodes(meeting, world, replace(settings, name=named), firsts, rounds)
-    (report, *_) = everyone.gather("answer", report, JobReport)
+    is_well = everyone.tell("answer", report is not None and report.passed, bool)
     if world.rank == 0:
         everyone.leave(world.world_size)
     else:
         store.add("left", 1)
-    return report
+    return is_well, report
 
 
 def _of_nodes(
     meeting: Meeting, world: WorldInfo, settings: NodeSettings, firsts: Sequence[int], rounds: int
-) -> JobReport:
-    """All reports, judged by each other, and the links. Collective over the nodes."""
+) -> JobReport | None:
+    """All reports, judged by each other, and the links, on the first node.
+
+    Collective over the nodes.
+    """
     own = firsts.index(world.rank)
     report = check_node(settings)
     host = own_address_towards(world.store_host, world.store_port) if len(firsts) > 1 else ""
     with LinkServer(host or "127.0.0.1") as server:
         addresses = meeting.gather("address", server.address, str)
-        offsets = meeting.gather("offset", _offset(addresses[0] if own else ""), Offset)
+        offsets = meeting.collect("offset", _offset(addresses[0] if own else ""), Offset)
         rates: list[LinkRate] = []
         for number in range(rounds_of(len(firsts), rounds)):
             pairs = partners(len(firsts), number)
             other = next((b for a, b in pairs if a == own), None)
-            meeting.gather(f"begin-{number}", own, int)
+            meeting.wait(f"begin-{number}")
             found = Rate() if other is None else _measured(addresses[other])
-            told = meeting.gather(f"rate-{number}", found, Rate)
-            rates += [LinkRate(number, p, *_rate_of(told[p[0]])) for p in pairs]
-        meeting.gather("end", own, int)  # until then others may measure towards this node
-    reports = meeting.gather("report", report, HealthReport)
-    return job_report(judged(reports), rates, offsets)
+            if told := meeting.collect(f"rate-{number}", found, Rate):
+                rates += [LinkRate(number, p, *_rate_of(told[p[0]])) for p in pairs]
+        meeting.wait("end")  # until then others may measure towards this node
+    reports = meeting.collect("report", report, HealthReport)
+    return job_report(judged(reports), rates, offsets) if own == 0 else None
 
 
 def job_report(

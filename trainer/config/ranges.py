@@ -169,7 +169,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "expert_steps": Range(1, _COUNT),
         "straggler_factor": Range(1, 1e6, is_open=True),
     },
-    "log": {"every": Range(1, _COUNT), "norms_every": _STEPS},
+    "log": {"every": Range(1, _COUNT), "norms_every": _STEPS, "digests_every": _STEPS},
 }
 """By section and key. A number without an entry must be finite: `data.eval_fraction`, which
 check_data_config checks, and the own key of an optimizer."""

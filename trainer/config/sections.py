@@ -361,6 +361,13 @@ class LogConfig(Section, frozen=True):
     """Steps between those whose norms of gradients and parameters, and sizes of outputs, are noted
     by layer; 0: none."""
 
+    digests_every: int = 1
+    """Steps between lines of digests.jsonl, by which runs are compared bit by bit; 0: none."""
+
+    def has_digests(self, step: int) -> bool:
+        """Whether a step, counted from 0, has such a line. Pure."""
+        return bool(self.digests_every) and (step + 1) % self.digests_every == 0
+
     def has_norms(self, step: int) -> bool:
         """Whether a step, counted from 0, is one of these. Pure."""
         return bool(self.norms_every) and (step + 1) % self.norms_every == 0

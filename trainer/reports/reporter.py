@@ -20,6 +20,7 @@ from holdfast.trainer.reports.checkpoint_events import (
     checkpoint_fields,
     describe_save,
 )
+from holdfast.trainer.reports.digests import StepDigests
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import StepMetrics, load_of
@@ -135,7 +136,11 @@ class Reporter:
             self._records.event(
                 "evaluated", step=step + 1, set=name, loss=loss, loss_hex=loss.hex()
             )
-        self._records.step(metrics, extra)
+        digests = None
+        if outcome.bit_sums:
+            sums = tuple(zip(*outcome.bit_sums, strict=True))
+            digests = StepDigests(metrics.step, metrics.loss_hex, *sums)
+        self._records.step(metrics, extra, digests)
         if self._console is not None:
             self._console.step(metrics, memory_gib=memory_gib, mfu=mfu)
         elif self._records.waits:

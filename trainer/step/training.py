@@ -43,6 +43,7 @@ from holdfast.trainer.step.ballot import (
     SliceLosses,
     by_slice,
     loss_slots,
+    words_of,
 )
 from holdfast.trainer.step.construction import (
     ModelParts,
@@ -427,6 +428,7 @@ class Training:
             place = place_of(self.plan, self.rank)
             outputs = packed(notes.outputs, len(self.plan.layers) - 1, *place)
         experts = (len(self.plan.layers), experts_of(self.config.model))
+        bit_sums = self._bit_sums() if self.config.log.has_digests(self._in_flight.step) else None
         ballot = BallotFormat(
             self.optimizer.slots,
             len(slots),
@@ -434,9 +436,12 @@ class Training:
             experts,
             (len(outputs), outputs.shape[1]),
             kinds,
+            0 if bit_sums is None else len(self.plan.layers),
         )
         logits = self._largest_logits(notes.logits)
-        summed = ballot.pack(squares, slots, flags, requests, parameters, notes.loads, outputs)
+        summed = ballot.pack(
+            squares, slots, flags, requests, parameters, notes.loads, outputs, bit_sums
+        )
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
         outcome = replace(outcome, logits=logits)
@@ -448,6 +453,12 @@ class Training:
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
+
+    def _bit_sums(self) -> Tensor:
+        count = len(self.plan.layers)
+        with self.busy("compare"):
+            gradients = self.optimizer.bit_sums("gradients", count)
+            return words_of(gradients, self.optimizer.bit_sums("parameters", count))
 
     def _largest_logits(self, noted: Logits) -> tuple[tuple[float, ...], ...]:
         """The largest logit of each head, as of `Outcome.logits`. Collective over all ranks.

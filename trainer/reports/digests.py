@@ -123,6 +123,6 @@ class DigestFile:
 
     @staticmethod
     def forget_after(path: Path, step: int) -> None:
-        """Cut the lines of later steps, which a run repeats; a file that cannot be cut keeps them."""
+        """Cut the lines of later steps, which a run repeats, where the disk allows it."""
         with contextlib.suppress(OSError):
             drop_after(path, step)

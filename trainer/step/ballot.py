@@ -3,7 +3,8 @@
 The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
 in its slot, and one count per entry of `MARKS`; in steps whose norms are noted (log.norms_every)
 then the square sums of the blocks' parameters, and the sizes of layers' outputs (notes.py); in
-steps whose digests are written (log.digests_every) the words of sums of bits. One rank fills a slot and all others have zero there, or all have whole numbers, so sums are exact.
+steps whose digests are written (log.digests_every) the words of sums of bits. One rank fills a slot
+and all others have zero there, or all have whole numbers, so sums are exact.
 """
 
 from __future__ import annotations

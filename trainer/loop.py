@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
@@ -14,6 +15,7 @@ from holdfast.parallel.comm import WaitNews, watch_waits
 from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.schedules import StepPhase
+from holdfast.trainer.check import recorded_operations
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     EventFile,
@@ -54,6 +56,8 @@ class Parts:
     at: AtPhase = no_hook
     """Called at each phase of a step; faults are injected here."""
     clock: PhaseClock = field(default_factory=PhaseClock)
+    trace: Path = Path("trace")
+    """The folder of traces."""
 
 
 def train(
@@ -87,7 +91,7 @@ def train(
     first = checkpoints.resume(notes.append)
     events = EventFile(run.events, DiskWord(lambda line: tell(f"holdfast: {line}")))
     reporter = Reporter(training, world, run, workers, events, first)
-    parts = Parts(training, checkpoints, reporter)
+    parts = Parts(training, checkpoints, reporter, trace=run.trace)
     steps = config.train.steps
     waits = watch_waits(training.groups, world.rank, store, lambda news: tell_wait(news, events))
     try:
@@ -158,7 +162,15 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     lr = config.rate_of(step)
     training.groups.recorder.note_step(step + 1)
     timer = StepTimer(parts, step)
-    with timer.phase("compute"):
+    recording = recorded_operations(
+        parts.trace,
+        step + 1,
+        training.rank,
+        lambda: training.current_micro_batch,
+        steps=config.log.operation_steps,
+        kept=config.log.operation_values,
+    )
+    with timer.phase("compute"), recording:
         times = training.compute(step, parts.at)
     with timer.phase("reduce"):
         squares, flags = training.reduce()

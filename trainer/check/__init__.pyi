@@ -9,6 +9,11 @@ from .files import (
 from .layout_run import (
     run_layout as run_layout,
 )
+from .operations import (
+    operations_file as operations_file,
+    recorded_operations as recorded_operations,
+    tensor_digest as tensor_digest,
+)
 from .reference import (
     run_reference as run_reference,
 )

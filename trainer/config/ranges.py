@@ -242,6 +242,11 @@ def _other_ranges(config: RunConfig) -> Iterator[str]:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
     if config.train.eval_every and config.train.eval_batches < 1:
         yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
-    for step in config.log.trace_steps:
-        if not 1 <= step <= _COUNT:
-            yield f"log.trace_steps has {shown(step)}: steps are counted from 1"
+    for key, least, rule in (
+        ("trace_steps", 1, "steps are counted from 1"),
+        ("operation_steps", 1, "steps are counted from 1"),
+        ("operation_values", 0, "operations are counted from 0"),
+    ):
+        for number in getattr(config.log, key):
+            if not least <= number <= _COUNT:
+                yield f"log.{key} has {shown(number)}: {rule}"

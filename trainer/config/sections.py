@@ -361,6 +361,10 @@ class LogConfig(Section, frozen=True):
     """Steps between those whose norms of gradients and parameters, and sizes of outputs, are noted
     by layer; 0: none."""
 
+    operation_steps: list[int] = []
+    """Steps, counted from 1, whose operations are written with digests of their results."""
+    operation_values: list[int] = []
+    """Operations of these steps, by number, whose inputs and results are written whole."""
     digests_every: int = 1
     """Steps between lines of digests.jsonl, by which runs are compared bit by bit; 0: none."""
 

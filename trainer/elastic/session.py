@@ -198,7 +198,8 @@ class ElasticSession:
         assert self._training is not None
         assert self._reporter is not None
         saves = self._saves.current
-        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock)
+        trace = self._records.run.trace
+        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock, trace)
 
     def _note_fault(self, fault: Fault) -> None:
         fields = asdict(fault)

@@ -12,7 +12,6 @@ from .layout_run import (
 from .operations import (
     operations_file as operations_file,
     recorded_operations as recorded_operations,
-    tensor_digest as tensor_digest,
 )
 from .reference import (
     run_reference as run_reference,

@@ -26,6 +26,9 @@ from holdfast.parallel.output import write_whole
 _UNSET = ("aten::empty", "aten::new_empty")
 """Operations whose results have no value yet."""
 
+_OVERWRITING = ("aten::copy_", "aten::zero_", "aten::fill_")
+"""Operations that do not read the tensor that they write."""
+
 
 def tensor_digest(values: Tensor) -> int:
     """The weighted sum modulo 2**64 of the bits of a tensor in the order of its elements."""
@@ -75,8 +78,7 @@ class OperationRecorder(TorchDispatchMode):
     ) -> Any:
         name = func.name()
         quiet = name.startswith(_UNSET) or _is_view(func)
-        read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
-        given = [] if quiet else _tensors((args, read))
+        given = [] if quiet else _read_by(name, args, kwargs or {})
         digests = [tensor_digest(value) for value in given]
         number = len(self.operations)
         if number in self._kept and not quiet:
@@ -119,6 +121,12 @@ def _is_view(func: Any) -> bool:
     """Whether an operation only gives other views of its inputs."""
     returned = [value.alias_info for value in func._schema.returns]
     return bool(returned) and all(info is not None and not info.is_write for info in returned)
+
+
+def _read_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What an operation reads: not what it only writes to."""
+    read = args[1:] if name.startswith(_OVERWRITING) else args
+    return _tensors((read, {key: value for key, value in kwargs.items() if key != "out"}))
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -20,6 +20,9 @@ from .evaluation import (
     mean_held_out_loss as mean_held_out_loss,
     open_validation as open_validation,
 )
+from .micro_batches import (
+    training_batch as training_batch,
+)
 from .partial_sums import (
     Included as Included,
     RankInputs as RankInputs,

@@ -98,14 +98,21 @@ class _Work:
     notes: list[str] = field(default_factory=list)
 
     def repeat(
-        self, side: Side, start: tuple[int, Path | None], until: int, **recording: Sequence[int]
+        self,
+        side: Side,
+        start: tuple[int, Path | None],
+        until: int,
+        recorded: Sequence[int] = (),
+        values: Sequence[int] = (),
     ) -> tuple[RunDirectory, dict[int, StepDigests]]:
-        """Train again by the configuration of a run."""
+        """Train again by the configuration of a run; see `repeat_steps`."""
         self.tried += 1
         self.repeated += until - start[0]
         settings = (*alone(side.config), *self.overrides)
         folder = self.folder / f"{side.name}-{self.tried}"
-        run = repeat_steps(side.config, start[1], until, folder, settings, **recording)
+        run = repeat_steps(
+            side.config, start[1], until, folder, settings, recorded=recorded, values=values
+        )
         return run, digests_of(run)
 
 
@@ -232,7 +239,7 @@ def _start(work: _Work, a: Side, b: Side, done: int) -> tuple[int, Path | None]:
     if newest[0] == done:
         return newest
     for side in (a, b):
-        run, digests = work.repeat(side, newest, done, saved=())
+        run, digests = work.repeat(side, newest, done)
         again = [step for step in sorted(digests) if newest[0] < step <= done]
         if all(digests[step] == side.digests.get(step, digests[step]) for step in again):
             return done, run.root / "checkpoints" / name_of(done)

@@ -65,9 +65,9 @@ class OperationRecorder(TorchDispatchMode):
         self._modules.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._modules.__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        self._modules.__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(
         self,

@@ -61,6 +61,11 @@ class OperationRecorder(TorchDispatchMode):
         self.values: dict[str, Tensor] = {}
         """What is kept, by "number.input.place" and "number.result.place"."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions run as they are: their results are seen where they go."""
+        return True
+
     def __enter__(self) -> OperationRecorder:
         self._modules.__enter__()
         return super().__enter__()

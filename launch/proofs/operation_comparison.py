@@ -15,6 +15,7 @@ from torch import Tensor
 
 from holdfast.parallel.output import content_of, json_lines
 from holdfast.parallel.reading import read_regular
+from holdfast.trainer.check import OUTPUT
 
 _MOST_BYTES = 1 << 34
 
@@ -59,10 +60,10 @@ class OperationDifference:
     second: Operation | None
 
     @property
-    def number(self) -> int:
-        found = self.first or self.second
-        assert found is not None
-        return found.number
+    def numbers(self) -> tuple[int, int]:
+        """Its number on each side; -1 where there is none."""
+        a, b = (-1 if side is None else side.number for side in (self.first, self.second))
+        return a, b
 
     @property
     def is_other_program(self) -> bool:
@@ -80,13 +81,21 @@ class OperationDifference:
         )
 
 
-def first_operation(first: Path, second: Path) -> OperationDifference | None:
+def first_operation(
+    first: Path, second: Path, *, only_outputs: bool = False
+) -> OperationDifference | None:
     """The first difference of two recordings; None: they are the same.
 
+    Args:
+        only_outputs: whether only the results of modules are compared.
     Raises:
         OSError: one cannot be read.
     """
-    for a, b in zip_longest(_operations(first), _operations(second)):
+    sides = [
+        (o for o in _operations(path) if o.name == OUTPUT or not only_outputs)
+        for path in (first, second)
+    ]
+    for a, b in zip_longest(*sides):
         if a is None or b is None or (a.name, a.inputs, a.results) != (b.name, b.inputs, b.results):
             return OperationDifference(a, b)
     return None
@@ -132,17 +141,20 @@ def first_element(name: str, first: Tensor, second: Tensor) -> ElementDifference
     return ElementDifference(name, index, *values, len(places), first.numel())
 
 
-def first_value(first: Path, second: Path, number: int) -> ElementDifference | None:
+def first_value(first: Path, second: Path, numbers: tuple[int, int]) -> ElementDifference | None:
     """The first element in which the recorded values of an operation differ: inputs, then results.
 
+    Args:
+        numbers: that of the operation in each recording.
     Raises:
         OSError: a recording cannot be read.
     """
     a, b = (load(read_regular(path, _MOST_BYTES)) for path in (first, second))
-    for key in sorted(a.keys() & b.keys(), key=lambda key: (".result." in key, key)):
-        if not key.startswith(f"{number}."):
-            continue
-        kind, place = key.split(".")[1:]
-        if found := first_element(f"{kind} {place}", a[key], b[key]):
+    mine, others = (
+        {key.partition(".")[2]: own[key] for key in own if key.startswith(f"{number}.")}
+        for own, number in zip((a, b), numbers, strict=True)
+    )
+    for key in sorted(mine.keys() & others.keys()):  # inputs before results
+        if found := first_element(key.replace(".", " "), mine[key], others[key]):
             return found
     return None

@@ -10,6 +10,7 @@ from .layout_run import (
     run_layout as run_layout,
 )
 from .operations import (
+    OUTPUT as OUTPUT,
     operations_file as operations_file,
     recorded_operations as recorded_operations,
 )

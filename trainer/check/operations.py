@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from holdfast.parallel.optimizer import operations_of
@@ -28,6 +30,9 @@ _UNSET = ("aten::empty", "aten::new_empty")
 
 _OVERWRITING = ("aten::copy_", "aten::zero_", "aten::fill_")
 """Operations that do not read the tensor that they write."""
+
+OUTPUT = "output of the module"
+"""What the line of a module's result has for the name of an operation."""
 
 
 def tensor_digest(values: Tensor) -> int:
@@ -56,6 +61,7 @@ class OperationRecorder(TorchDispatchMode):
         super().__init__()
         self._micro_batch, self._kept = micro_batch, frozenset(kept)
         self._modules = ModuleTracker()
+        self._hook: RemovableHandle | None = None
         self.operations: list[dict[str, Any]] = []
         """A line for each operation."""
         self.values: dict[str, Tensor] = {}
@@ -68,11 +74,28 @@ class OperationRecorder(TorchDispatchMode):
 
     def __enter__(self) -> OperationRecorder:
         self._modules.__enter__()
+        self._hook = register_module_forward_hook(self._output)
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
+        if self._hook is not None:
+            self._hook.remove()
         self._modules.__exit__(exc_type, exc_val, exc_tb)
+
+    def _output(self, module: nn.Module, inputs: Any, result: Any) -> None:
+        """Record what a module gives: also where programs differ, their modules are the same."""
+        if not torch.compiler.is_compiling():
+            with self._quiet():
+                self._record(OUTPUT, [], _tensors(result))
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        super().__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            super().__enter__()
 
     def __torch_dispatch__(
         self,
@@ -90,28 +113,31 @@ class OperationRecorder(TorchDispatchMode):
             self._keep(f"{number}.input", given)
         result = func(*args, **(kwargs or {}))
         if not quiet:
-            results = _tensors(result)
-            self.operations.append(
-                {
-                    "number": number,
-                    "operation": name,
-                    "module": self._module(),
-                    "backward": self._modules.is_bw,
-                    "micro_batch": self._micro_batch(),
-                    "inputs": [f"{digest:016x}" for digest in digests],
-                    "results": [
-                        {
-                            "dtype": str(value.dtype).removeprefix("torch."),
-                            "shape": list(value.shape),
-                            "digest": f"{tensor_digest(value):016x}",
-                        }
-                        for value in results
-                    ],
-                }
-            )
-            if number in self._kept:
-                self._keep(f"{number}.result", results)
+            self._record(name, digests, _tensors(result))
         return result
+
+    def _record(self, name: str, digests: list[int], results: list[Tensor]) -> None:
+        number = len(self.operations)
+        self.operations.append(
+            {
+                "number": number,
+                "operation": name,
+                "module": self._module(),
+                "backward": self._modules.is_bw,
+                "micro_batch": self._micro_batch(),
+                "inputs": [f"{digest:016x}" for digest in digests],
+                "results": [
+                    {
+                        "dtype": str(value.dtype).removeprefix("torch."),
+                        "shape": list(value.shape),
+                        "digest": f"{tensor_digest(value):016x}",
+                    }
+                    for value in results
+                ],
+            }
+        )
+        if number in self._kept:
+            self._keep(f"{number}.result", results)
 
     def _keep(self, name: str, values: list[Tensor]) -> None:
         for place, value in enumerate(values):

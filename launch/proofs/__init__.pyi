@@ -4,6 +4,8 @@ from .audit_run import (
 )
 from .bisect_runs import (
     bisect_runs as bisect_runs,
+)
+from .bisection_text import (
     describe_bisection as describe_bisection,
 )
 from .check import (

@@ -75,6 +75,8 @@ class Bisection:
     reproduced: tuple[bool, bool] | None = None
     """Whether the repetition in each setting has the digests of its run; None: none was made."""
     operation: OperationDifference | None = None
+    output: OperationDifference | None = None
+    """Where the operations are others: the first module whose result differs."""
     element: ElementDifference | None = None
     tensor: TensorDifference | None = None
     """After the update of the step, the first tensor that differs."""
@@ -283,9 +285,12 @@ def _repeated(work: _Work, a: Side, b: Side, found: Bisection, where: Divergence
     files = [operations_file(run.trace, step, 0) for run in runs]
     if all(path.exists() for path in files):
         operation = first_operation(*files)
-        found = replace(found, operation=operation)
-        if operation is not None and not operation.is_other_program:
-            found = replace(found, element=_element(work, a, b, start, step, operation))
+        output = None
+        if operation is not None and operation.is_other_program:
+            output = first_operation(*files, only_outputs=True)
+        found = replace(found, operation=operation, output=output)
+        if (valued := output or operation) is not None and not valued.is_other_program:
+            found = replace(found, element=_element(work, a, b, start, step, valued))
     if found.operation is None:
         checkpoints = [run.root / "checkpoints" / name_of(step) for run in runs]
         if all(path.is_dir() for path in checkpoints):
@@ -302,86 +307,12 @@ def _element(
     step: int,
     operation: OperationDifference,
 ) -> ElementDifference | None:
-    number = operation.number
-    again = [work.repeat(side, start, step, recorded=[step], values=[number])[0] for side in (a, b)]
+    again = [
+        work.repeat(side, start, step, recorded=[step], values=[number])[0]
+        for side, number in zip((a, b), operation.numbers, strict=True)
+    ]
     files = [operations_file(run.trace, step, 0).with_suffix(".safetensors") for run in again]
     if not all(path.exists() for path in files):
         return None
     with torch.no_grad():
-        return first_value(files[0], files[1], number)
-
-
-# In words.
-
-
-def describe_bisection(found: Bisection) -> Iterator[str]:
-    """The result, a line for each thing that is known of it."""
-    where, steps = found.where, found.steps
-    if where is None:
-        yield f"the same bits in all {len(steps)} steps that both have, {steps[0]} to {steps[-1]}"
-        return
-    before = "the same bits until then; " if where.equal_until else ""
-    names = ", ".join(found.layers[:3]) + (
-        f" and {len(found.layers) - 3} more" if len(found.layers) > 3 else ""
-    )
-    match where.kind:
-        case "start":
-            yield f"different before step {where.step}: parameters of {names}"
-        case "update":
-            of = f": parameters of {names}" if names else ""
-            exact = "" if where.is_exact else f", or one since step {where.equal_until}"
-            yield f"{before}the update of step {where.step}{exact} differs{of}"
-        case "gradients":
-            of = f"gradients of {names}" if names else "the loss alone"
-            yield f"{before}step {where.step} differs: {of}"
-    if found.token:
-        yield f"data of step {where.step}: {found.token}"
-    for line in found.settings:
-        yield f"setting: {line}"
-    yield from _describe_repetition(found, where.step)
-    yield from found.notes
-
-
-def _describe_repetition(found: Bisection, step: int) -> Iterator[str]:
-    if found.reproduced is None:
-        return
-    for name, same in zip("AB", found.reproduced, strict=True):
-        bits = "its bits" if same else "other bits"
-        yield f"step {step} trained again as in {name}: {bits}"
-    operation, element = found.operation, found.element
-    if operation is not None:
-        yield from _describe_operation(operation)
-        if element is not None:
-            yield f"  {element.describe()}"
-    elif found.tensor is not None:
-        tensor = found.tensor
-        yield (
-            f"the operations of the step are the same; after its update {tensor.name} differs, "
-            f"first at {list(tensor.first)} ({tensor.differing:,} of {tensor.elements:,} elements, "
-            f"by {tensor.largest:.3g} at most)"
-        )
-    else:
-        wrong = [name for name, same in zip("AB", found.reproduced, strict=True) if not same]
-        whose = {1: f"run {''.join(wrong)}", 2: "both runs"}.get(len(wrong), "one of the runs")
-        yield (
-            f"both repetitions have the same operations and results, so no setting is behind it: "
-            f"{whose} computed or kept something wrongly in step {step} (a machine's error, or an "
-            "interference), or was another version"
-        )
-    yield f"{found.repeated} steps were trained again"
-
-
-def _describe_operation(operation: OperationDifference) -> Iterator[str]:
-    a, b = operation.first, operation.second
-    if operation.is_other_program:
-        names = [side.describe() if side else "nothing more" for side in (a, b)]
-        yield f"first operation that differs, number {operation.number}: {names[0]} in A, "
-        yield f"  {names[1]} in B"
-        return
-    assert a is not None
-    made = (
-        "its inputs differ, which no operation before gave"
-        if operation.differs_before
-        else ("its inputs are the same")
-    )
-    yield f"first operation that differs, number {operation.number}: {a.describe()}; {made}"
+        return first_value(files[0], files[1], operation.numbers)

@@ -73,8 +73,9 @@ class OperationRecorder(TorchDispatchMode):
         return True
 
     def __enter__(self) -> OperationRecorder:
-        self._modules.__enter__()
+        # Before the tracker's own hooks, which leave the module.
         self._hook = register_module_forward_hook(self._output)
+        self._modules.__enter__()
         return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:

@@ -46,7 +46,7 @@ WIDE = {
     "trainer.models.deepseek_v3.family.DeepseekV3Config": "A field for each key",
     "trainer.models.family.Family": "a field for each thing that families do their own way",
     "trainer.models.section.ModelConfig": "A field for each key",
-    "trainer.step.progress.Outcome": "a field for each",
+    "trainer.step.vote.progress.Outcome": "a field for each",
     "trainer.step.training.Training": "so it has an attribute for each",
 }
 """What is wider all the same, with the words of its docstring that give the reason."""

@@ -1,6 +1,3 @@
-from .ballot import (
-    by_slice as by_slice,
-)
 from .build import (
     UNKNOWN_MEMORY as UNKNOWN_MEMORY,
     DeviceMemory as DeviceMemory,
@@ -42,14 +39,6 @@ from .planning import (
     room_of as room_of,
     shadows_in_host_memory as shadows_in_host_memory,
 )
-from .progress import (
-    AtPhase as AtPhase,
-    Outcome as Outcome,
-    RecentSteps as RecentSteps,
-    Requests as Requests,
-    StepProgress as StepProgress,
-    no_hook as no_hook,
-)
 from .saved_tensors import (
     renumbered as renumbered,
     saved_tensors as saved_tensors,
@@ -63,4 +52,13 @@ from .state_views import (
 )
 from .training import (
     Training as Training,
+)
+from .vote import (
+    AtPhase as AtPhase,
+    Outcome as Outcome,
+    RecentSteps as RecentSteps,
+    Requests as Requests,
+    StepProgress as StepProgress,
+    by_slice as by_slice,
+    no_hook as no_hook,
 )

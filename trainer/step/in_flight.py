@@ -15,9 +15,7 @@ from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.pipeline import ExpertInputs, ExpertTeam, TokensKey
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.step.ballot import Losses, SliceLosses, by_slice
 from holdfast.trainer.step.construction import ModelParts
-from holdfast.trainer.step.notes import Notes
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
@@ -25,6 +23,12 @@ from holdfast.trainer.step.partial_sums import (
     InterruptedStep,
     ParameterKey,
     RankInputs,
+)
+from holdfast.trainer.step.vote import (
+    Losses,
+    Notes,
+    SliceLosses,
+    by_slice,
 )
 
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)

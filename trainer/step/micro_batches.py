@@ -13,7 +13,9 @@ from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Batch, ExpertTeam, MicroBatchContext, Passage
 from holdfast.trainer.config import RunConfig, TrainConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.step.notes import Notes
+from holdfast.trainer.step.vote import (
+    Notes,
+)
 
 
 def reads_batches(config: RunConfig, chunks: Iterable[int], last_chunk: int) -> bool:

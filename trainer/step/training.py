@@ -37,14 +37,6 @@ from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
-from holdfast.trainer.step.ballot import (
-    BallotFormat,
-    Losses,
-    SliceLosses,
-    by_slice,
-    loss_slots,
-    words_of,
-)
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -64,20 +56,30 @@ from holdfast.trainer.step.evaluation import (
 )
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
-from holdfast.trainer.step.notes import Logits, by_layer, largest_of, packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included, Inputs, RankInputs
 from holdfast.trainer.step.programs import StepPrograms
-from holdfast.trainer.step.progress import (
+from holdfast.trainer.step.state_views import TrainingState, block_numbers
+from holdfast.trainer.step.vote import (
     NO_REQUESTS,
     AtPhase,
+    BallotFormat,
+    Logits,
+    Losses,
     Outcome,
     Requests,
+    SliceLosses,
     StepProgress,
+    by_layer,
+    by_slice,
+    judged,
+    largest_of,
+    loss_slots,
     no_hook,
+    packed,
+    place_of,
+    words_of,
 )
-from holdfast.trainer.step.spikes import judged
-from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
 
 class Training:

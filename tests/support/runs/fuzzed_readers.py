@@ -43,7 +43,7 @@ from holdfast.trainer.run.run_directory import (
     told_run,
     write_error,
 )
-from holdfast.trainer.step.progress import Outcome
+from holdfast.trainer.step.vote.progress import Outcome
 from support.runs.plans import first_plan
 
 

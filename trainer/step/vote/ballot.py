@@ -19,8 +19,8 @@ from torch import Tensor
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
 from holdfast.parallel.pipeline import Passage
-from holdfast.trainer.step.notes import Loads, sizes
-from holdfast.trainer.step.progress import Outcome, Requests
+from holdfast.trainer.step.vote.notes import Loads, sizes
+from holdfast.trainer.step.vote.progress import Outcome, Requests
 
 Losses = Mapping[Passage, Tensor]
 """The loss sums of what has passed the last chunk: float64[own slices], or a scalar for the only

@@ -12,7 +12,15 @@ from time import monotonic, perf_counter, sleep
 from torch.distributed import Store
 
 from holdfast.parallel.comm import WaitNews, watch_waits
-from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
+from holdfast.parallel.errors import (
+    ComputesWrongly,
+    Diverged,
+    Interrupted,
+    NotSaved,
+    NumericsError,
+    Stopped,
+    Undecided,
+)
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.schedules import StepPhase
 from holdfast.trainer.check import recorded_operations
@@ -32,6 +40,7 @@ from holdfast.trainer.step import (
     Outcome,
     Requests,
     Training,
+    WrongComputation,
     evaluates_after,
     no_hook,
     open_training,
@@ -174,6 +183,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         times = training.compute(step, parts.at)
     with timer.phase("reduce"):
         squares, flags = training.reduce()
+    if (wrong := training.audit()) is not None:
+        _end_of_wrong(parts, step, wrong)
     with timer.phase("vote"):
         requests = replace(checkpoints.requests(), change=change, leave=leave)
         outcome = training.vote(squares, flags, requests)
@@ -198,6 +209,24 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())
     return outcome
+
+
+def _end_of_wrong(parts: Parts, step: int, wrong: WrongComputation) -> None:
+    """Report that a rank computes wrongly; that rank ends, and the step goes on without it.
+
+    Raises:
+        ComputesWrongly: this rank does.
+        Undecided: it is not known which rank does, so that no result of the step can be used.
+    """
+    with parts.training.busy("report"):
+        parts.reporter.computes_wrongly(step + 1, wrong)
+    if not wrong.decided:
+        raise Undecided(
+            f"{wrong}, and again when both try it once more; test these machines, and go on "
+            "without the sick one from the last checkpoint (three replicas would name it)"
+        )
+    if parts.training.rank in wrong.ranks:
+        raise ComputesWrongly(f"{wrong}; this rank takes no further part, test its machine")
 
 
 def save_last(parts: Parts, step: int, limit_s: float) -> str:

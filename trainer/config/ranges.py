@@ -161,6 +161,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "startup_grace_s": Range(0, 366 * _DAY_S),
         "apart_s": _DURATION_S,
         "verify_every": _STEPS,
+        "audit_every": _STEPS,
         "local_nodes": Range(1, 2**20),
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
         "rank_memory_gib": _GIB,

@@ -327,6 +327,8 @@ class ElasticConfig(Section, frozen=True):
     """Seconds without a part in the run after which a node ends."""
     respawn: bool = True
     verify_every: int = 100
+    audit_every: int = 0
+    """Steps between those in which a micro-batch is computed by two ranks and compared; 0: none."""
     local_nodes: int = 1
     lighthouse: str = ""
     activation_headroom: float = 0.3

@@ -32,7 +32,7 @@ from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.step import Outcome, Training
+from holdfast.trainer.step import Outcome, Training, WrongComputation
 from holdfast.trainer.worlds import WorldInfo
 
 
@@ -251,6 +251,18 @@ class Reporter:
             f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
             f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
         )
+
+    def computes_wrongly(self, step: int, wrong: WrongComputation) -> None:
+        """Record and show that an audit of a step, counted from 1, has found wrong results."""
+        self._records.event(
+            "wrong_computation",
+            step=step,
+            micro_batch=wrong.micro_batch,
+            ranks=wrong.ranks,
+            decided=wrong.decided,
+            what=wrong.what,
+        )
+        self._note(str(wrong))
 
     def skipped(self, step: int, outcome: Outcome, reason: str) -> None:
         """Record and show a step, counted from 0, that was not applied."""

@@ -1,3 +1,6 @@
+from .audit import (
+    WrongComputation as WrongComputation,
+)
 from .build import (
     UNKNOWN_MEMORY as UNKNOWN_MEMORY,
     DeviceMemory as DeviceMemory,

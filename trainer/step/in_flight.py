@@ -91,6 +91,10 @@ class StepInFlight:
         self._accumulator.clear()
         return False
 
+    def resumes(self, step: int) -> bool:
+        """Whether the sums of an interrupted step are continued when `step` begins."""
+        return self._interrupted.step == step
+
     def release(self) -> None:
         """Free the memory of the sums and of inputs until `begin`, and forget them."""
         self._accumulator.release()

@@ -7,7 +7,7 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
@@ -32,11 +32,12 @@ from holdfast.parallel.optimizer import (
     head_factors,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
-from holdfast.parallel.plan import Plan, evaluation_program, shards
+from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
+from holdfast.trainer.step.audit import StepAudits, WrongComputation
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -47,6 +48,7 @@ from holdfast.trainer.step.construction import (
     new_runners,
     new_shadows,
     open_split,
+    prepared,
 )
 from holdfast.trainer.step.digest import parameter_digest
 from holdfast.trainer.step.evaluation import (
@@ -66,6 +68,7 @@ from holdfast.trainer.step.vote import (
     BallotFormat,
     Logits,
     Losses,
+    Notes,
     Outcome,
     Requests,
     SliceLosses,
@@ -147,11 +150,21 @@ class Training:
             recorder=groups.recorder,
             experts=self._team,
         )
+        self._audits = StepAudits(
+            plan,
+            rank,
+            self.model,
+            groups.control,
+            self._compute_apart,
+            seed=config.train.seed,
+            every=config.elastic.audit_every,
+        )
         self._runners = new_runners(
             self.model,
             last,
             context=self._micro_batches.context,
             before_gradients=self._in_flight.before_gradients,
+            watch=self._audits.watch.see,
         )
         self.executor = new_executor(
             config, self._runners, plan, rank, groups, device, self.offloader
@@ -286,6 +299,9 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
+        if self._audits.is_due(step) and not self._in_flight.resumes(step):
+            self._in_flight.begin(step, lambda: None)
+            self._audits.begin(step, self._micro_batches_of(step))
         only, lost = self._only_of(step), list[LostGradient]()
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
@@ -300,6 +316,31 @@ class Training:
                 return self.executor.run(*self._programs.of(only))
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
+
+    def _compute_apart(self, plan: Plan, begun: bool) -> None:
+        """Run the program of a plan without effect on the step.
+
+        Args:
+            begun: whether the step has sums already.
+        """
+        micro_batches, notes = self._micro_batches, self._micro_batches.notes
+        losses = {index: dict(runner.losses) for index, runner in self._runners.items()}
+        micro_batches.notes = Notes()
+        program_of = partial(training_program, plan)
+        aside = self.accumulator.aside() if begun else nullcontext()
+        with aside, self._layers_of(program_of):
+            self.executor.run(*prepared(self.rank, program_of))
+        micro_batches.notes = notes
+        for index, runner in self._runners.items():
+            runner.losses.clear()
+            runner.losses.update(losses[index])
+
+    def audit(self) -> WrongComputation | None:
+        """Between reduce and vote: whether a rank has computed wrongly. Collective over all ranks.
+
+        See `StepAudits`.
+        """
+        return self._audits.finish()
 
     @contextmanager
     def _layers_of(

@@ -58,8 +58,8 @@ class Fault:
     state is first on its way to a newcomer, or to this rank, from that step on. "change": when
     ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
-    """The seconds for which the lock is held, the node is cut off or the disk is full, or by which
-    a slow step is longer."""
+    """The seconds for which the lock is held, the node is cut off, the disk is full or products are
+    wrong, or by which a slow step is longer."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
@@ -120,6 +120,7 @@ class FaultInjector:
         asked: Path,
         note: Callable[[Fault], None],
         corrupt: Callable[[], None],
+        miscompute: Callable[[float], None],
         cut: Callable[[float], None],
         disk: Path,
         signal_self: Callable[[int], None] = lambda number: os.kill(os.getpid(), number),
@@ -132,6 +133,7 @@ class FaultInjector:
             asked: the file of further faults that are asked for during the run; see `ask_for`.
             note: records a fault, before it happens.
             corrupt: flips a bit of this worker's state.
+            miscompute: has bits flip in this worker's products for a number of seconds.
             cut: cuts this worker's node off for a number of seconds.
             disk: the folder that checkpoints are written to.
             signal_self: sends a signal to this process.
@@ -139,7 +141,7 @@ class FaultInjector:
         self._identity = (rank, incarnation)
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
         self._asked, self._note, self._corrupt = asked, note, corrupt
-        self._cut, self._disk = cut, disk
+        self._miscompute, self._cut, self._disk = miscompute, cut, disk
         self._signal_self, self._sleep = signal_self, sleep
         self._lock = threading.Lock()
         self._position = asked.stat().st_size if asked.exists() else 0
@@ -199,6 +201,8 @@ class FaultInjector:
                 os._exit(1)
             case "corrupt-memory":
                 self._corrupt()
+            case "corrupt-compute":
+                self._miscompute(fault.seconds)
             case "cut":
                 self._cut(fault.seconds)
             case "fill-disk":

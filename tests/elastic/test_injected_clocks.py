@@ -93,6 +93,7 @@ def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector
         asked=folder / "chaos.jsonl",
         note=lambda fault: done.append(f"note {fault.fault} at step {fault.step}"),
         corrupt=lambda: done.append("corrupt"),
+        miscompute=lambda seconds: done.append("miscompute"),
         cut=lambda seconds: done.append(("cut", seconds)),
         disk=folder,
         signal_self=done.append,

@@ -20,6 +20,7 @@ from holdfast.elastic import (
 from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
+from holdfast.trainer.elastic.flipped_products import FlippedProducts
 from holdfast.trainer.elastic.incidents import ChangeFiles, ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
@@ -53,6 +54,7 @@ class ElasticSession:
         """The digest of the state at the newest comparison since the last change."""
         self._heard: Sequence[MembershipEvent] = ()
         """The membership events that led to the last change."""
+        self._products = FlippedProducts()
         self._changes: list[ChangeRecord] = []
         """The changes since the last vote; recorders write theirs before they vote."""
         self._faults = FaultInjector(
@@ -62,13 +64,15 @@ class ElasticSession:
             asked=run.chaos,
             note=self._note_fault,
             corrupt=self._corrupt,
+            miscompute=self._products.flip_for,
             cut=membership.cut_off,
             disk=checkpoint_root(run.root, config),
         )
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
-        outcome = run_step(self._parts(), step, change=change, leave=leave)
+        with self._products:
+            outcome = run_step(self._parts(), step, change=change, leave=leave)
         self._membership.committed(step + 1)
         self._changes.clear()
         return outcome

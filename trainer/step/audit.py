@@ -157,7 +157,7 @@ class AuditWatch:
         return row
 
     def table(self, rows: Sequence[tuple[Replicas, Tensor | None]]) -> Tensor:
-        """This rank's part of the table of rows, zero where it has none: int64[rows, shards, width].
+        """This rank's part of the table of rows, zero elsewhere: int64[rows, shards, width].
 
         Args:
             rows: the replicas of each row, and what this rank saw for it.

@@ -187,7 +187,7 @@ def test_steps_are_confirmed_in_any_layout_and_lies_are_not(folder: Path) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
         assert "3 steps, 6 to 8, trained again from step 4" in done.stdout
 
-    def told(change: Callable[[list[dict[str, Any]]], None]) -> tuple[int, dict[str, Any]]:
+    def told(change: Callable[[list[dict[str, Any]]], object]) -> tuple[int, dict[str, Any]]:
         shutil.rmtree(folder / "lie", ignore_errors=True)
         shutil.copytree(folder / "first", folder / "lie")
         lines = lines_of(folder / "lie" / "digests.jsonl")

@@ -218,7 +218,15 @@ def _asked(path: Path) -> None:
         return None
 
     injector = FaultInjector(
-        5, 0, (), asked=path, note=never, corrupt=lambda: None, cut=never, disk=path.parent
+        5,
+        0,
+        (),
+        asked=path,
+        note=never,
+        corrupt=lambda: None,
+        miscompute=never,
+        cut=never,
+        disk=path.parent,
     )
     injector._position = 0  # as if all of it was asked for after the start
     injector.at(1, "compute")

@@ -89,6 +89,8 @@ class WorkerSlot:
         """
         if code == -signal.SIGKILL and self.killed_for:
             return self.killed_for
+        if self.is_sick:
+            return "computes wrongly, as an audit has found"
         if not code and self.has_left:
             return "has handed its state over"
         if not code:

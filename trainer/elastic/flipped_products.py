@@ -30,15 +30,15 @@ class FlippedProducts:
         self._is_inside = False
 
     def flip_for(self, seconds: float) -> None:
-        """Have bits flip from now on; with 0 seconds, until the end of the block."""
+        """Have bits flip from now on; with 0 seconds, a single one."""
         self._until_s = self._clock() + seconds
         if self._is_inside:
-            self._begin()
+            self._begin(once=not seconds)
 
     def __enter__(self) -> None:
         self._is_inside = True
         if self._clock() < self._until_s:
-            self._begin()
+            self._begin(once=False)
 
     def __exit__(self, *error: object) -> None:
         self._is_inside = False
@@ -46,16 +46,16 @@ class FlippedProducts:
             self._mode.__exit__(None, None, None)
             self._mode = None
 
-    def _begin(self) -> None:
+    def _begin(self, *, once: bool) -> None:
         if self._mode is None:
-            self._mode = _FlippingMode()
+            self._mode = _FlippingMode(once=once)
             self._mode.__enter__()
 
 
 class _FlippingMode(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, *, once: bool) -> None:
         super().__init__()
-        self._count = 0
+        self._count, self._once = 0, once
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -71,7 +71,7 @@ class _FlippingMode(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.name().startswith(_PRODUCTS) and isinstance(result, Tensor) and result.numel():
             self._count += 1
-            if self._count % _EVERY == 0:
+            if self._count == _EVERY if self._once else self._count % _EVERY == 0:
                 self._flip(result)
         return result
 

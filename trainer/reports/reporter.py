@@ -239,6 +239,10 @@ class Reporter:
 
     def straggler(self, step: int, slow: Straggler) -> None:
         """Report a rank that is slower than others with the same work."""
+        message = (
+            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
+            f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
+        )
         self._records.event(
             "straggler",
             step=step,
@@ -246,11 +250,9 @@ class Reporter:
             phase=slow.phase,
             own_s=slow.own_s,
             usual_s=slow.usual_s,
+            message=message,
         )
-        self._note(
-            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
-            f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
-        )
+        self._note(message)
 
     def computes_wrongly(self, step: int, wrong: WrongComputation) -> None:
         """Record and show that an audit of a step, counted from 1, has found wrong results."""
@@ -261,6 +263,7 @@ class Reporter:
             ranks=wrong.ranks,
             decided=wrong.decided,
             what=wrong.what,
+            message=str(wrong),
         )
         self._note(str(wrong))
 

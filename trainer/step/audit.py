@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,23 @@ class Audit:
     micro_batch: int
     audited: Replicas
     """Those that compute it in the step."""
-    auditors: Replicas
-    """Those that compute it once more before."""
-    judges: tuple[Replicas, ...]
-    """Those that compute it again if these differ, one after another."""
+    others: tuple[Replicas, ...]
+    """By stage, the replicas that can compute it as well, in a drawn order."""
+
+    @property
+    def auditors(self) -> Replicas:
+        """Those that compute it once more before."""
+        return tuple(found[0] for found in self.others)
+
+    def judges(self, stage: int) -> tuple[Replicas, ...]:
+        """Those that compute it again, one after another, if the first difference is in a stage.
+
+        A third replica of the stage decides; if there are only two, both try again. What is
+        computed elsewhere is equal until then.
+        """
+        if len(self.others[stage]) < 2:
+            return self.audited, self.auditors
+        return (tuple(found[min(1, len(found) - 1)] for found in self.others),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +84,8 @@ def audit_of(plan: Plan, seed: int, step: int, micro_batches: int) -> Audit | No
     micro_batch = draw.key % micro_batches
     stages = range(plan.stage_replicas.pipeline)
     audited = tuple(_computing(plan, stage, micro_batch) for stage in stages)
-    others = [_others(plan, stage, audited[stage], draw.stream) for stage in stages]
-    if not all(others):
-        return None
-    most = min(map(len, others))
-    auditors = tuple(found[0] for found in others)
-    if most > 1:
-        return Audit(step, micro_batch, audited, auditors, (tuple(found[1] for found in others),))
-    return Audit(step, micro_batch, audited, auditors, (audited, auditors))
+    others = tuple(_others(plan, stage, audited[stage], draw.stream) for stage in stages)
+    return Audit(step, micro_batch, audited, others) if all(others) else None
 
 
 def _computing(plan: Plan, stage: int, micro_batch: int) -> int:
@@ -85,7 +93,7 @@ def _computing(plan: Plan, stage: int, micro_batch: int) -> int:
     return next(r for r in replicas if micro_batch in plan.micro_batches_of(stage, r))
 
 
-def _others(plan: Plan, stage: int, audited: int, draw: int) -> list[int]:
+def _others(plan: Plan, stage: int, audited: int, draw: int) -> Replicas:
     """The other replicas of a stage with as many ranks, in a drawn order.
 
     In a regular plan the order is the same in all stages, so that each is one pipeline.
@@ -93,7 +101,7 @@ def _others(plan: Plan, stage: int, audited: int, draw: int) -> list[int]:
     sizes = plan.stage_replicas.sizes(stage)
     found = [r for r, size in enumerate(sizes) if r != audited and size == sizes[audited]]
     first = draw % len(found) if found else 0
-    return found[first:] + found[:first]
+    return (*found[first:], *found[:first])
 
 
 def plan_of_audit(plan: Plan, micro_batch: int, replicas: Replicas) -> Plan:
@@ -215,14 +223,12 @@ class StepAudits:
         self._audit = audit_of(self._plan, self._seed, step, micro_batches)
         if self._audit is None:
             return
-        self._row = self._computed(self._audit.auditors, begun=False)
+        self._row = self._computed(self._audit, self._audit.auditors, begun=False)
         if takes_part(self._plan, self._rank, self._audit.audited):
             self._accumulator.watch(self.watch.begin(self._audit.micro_batch))
 
-    def _computed(self, replicas: Replicas, *, begun: bool) -> Tensor | None:
+    def _computed(self, audit: Audit, replicas: Replicas, *, begun: bool) -> Tensor | None:
         """The row of this rank as one of these replicas; None: it is none of them."""
-        audit = self._audit
-        assert audit is not None
         if not takes_part(self._plan, self._rank, replicas):
             return None
         self._accumulator.watch(self.watch.begin(audit.micro_batch))
@@ -246,12 +252,12 @@ class StepAudits:
         if self.watch.digests is not None:
             own = self.watch.end()
         rows = self._told([(audit.audited, own), (audit.auditors, self._row)])
-        if torch.equal(rows[0], rows[1]):
+        found = first_difference(self._plan, rows[0], rows[1])
+        if found is None:
             return None
-        self._audit = audit
-        again = [(judges, self._computed(judges, begun=True)) for judges in audit.judges]
-        self._audit = None
-        return judged_audit(self._plan, audit, torch.cat([rows, self._told(again)]))
+        judges = audit.judges(found.stage)
+        again = [(replicas, self._computed(audit, replicas, begun=True)) for replicas in judges]
+        return judged_audit(self._plan, audit, found, torch.cat([rows, self._told(again)]))
 
     def cancel(self) -> None:
         """Forget the audit of an interrupted step."""
@@ -270,20 +276,24 @@ def takes_part(plan: Plan, rank: int, replicas: Replicas) -> bool:
     return at is not None and replicas[at.pipeline] == at.data
 
 
-def first_difference(
-    plan: Plan, first: Tensor, second: Tensor
-) -> tuple[int, str, list[int]] | None:
-    """Where two rows differ first, in the order of computation; None: they are equal. Pure.
+class RowDifference(NamedTuple):
+    """Where two rows differ first, in the order of computation."""
 
-    Args:
-        first, second: int64[shards, width].
-    Returns:
-        The stage, what it is for a person, and the shards that differ.
-    """
+    place: int
+    """The place in a row."""
+    stage: int
+    what: str
+    """What it is, for a person."""
+    shards: tuple[int, ...]
+    """Those that differ there."""
+
+
+def first_difference(plan: Plan, first: Tensor, second: Tensor) -> RowDifference | None:
+    """Where two rows, int64[shards, width], differ first; None: they are equal. Pure."""
     for place, stage, what in _in_order(plan):
         shards = (first[:, place] != second[:, place]).nonzero().flatten().tolist()
         if shards:
-            return stage, what, shards
+            return RowDifference(place, stage, what, tuple(shards))
     return None
 
 
@@ -304,32 +314,23 @@ def _named(plan: Plan, chunk: int) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def judged_audit(plan: Plan, audit: Audit, rows: Tensor) -> WrongComputation | None:
-    """The verdict from the rows of the audited, the auditors and the judges; None: all is well.
-
-    Pure.
+def judged_audit(plan: Plan, audit: Audit, found: RowDifference, rows: Tensor) -> WrongComputation:
+    """The verdict on a difference of the audited and the auditors. Pure.
 
     Args:
-        rows: int64[2 + judges, shards, width].
+        found: the difference.
+        rows: int64[2 + judges, shards, width]: of the audited, the auditors and the judges.
     """
-    found = first_difference(plan, rows[0], rows[1])
-    if found is None:
-        return None
-    stage, what, shards = found
-    places = plan.stage_replicas.stages[stage]
+    places = plan.stage_replicas.stages[found.stage]
 
     def ranks(replicas: Replicas) -> tuple[int, ...]:
-        return tuple(places[replicas[stage]][shard] for shard in shards)
+        return tuple(places[replicas[found.stage]][shard] for shard in found.shards)
 
-    def verdict(wrong: Sequence[int], *, decided: bool) -> WrongComputation:
-        return WrongComputation(audit.step, audit.micro_batch, what, tuple(wrong), decided)
-
-    # A third replica decides; of two, the one that gets the other's result when it tries again.
-    audited, auditors = ranks(audit.audited), ranks(audit.auditors)
-    if len(audit.judges) == 1:
-        right_second, right_first = (torch.equal(rows[2], rows[n]) for n in (1, 0))
-    else:
-        right_second, right_first = torch.equal(rows[2], rows[1]), torch.equal(rows[3], rows[0])
-    if right_second != right_first:
-        return verdict(audited if right_second else auditors, decided=True)
-    return verdict((*audited, *auditors), decided=False)
+    # What differs is compared alone: later results follow from it.
+    audited, auditor, *again = (row[list(found.shards), found.place] for row in rows)
+    with_auditor, with_audited = torch.equal(again[0], auditor), torch.equal(again[-1], audited)
+    wrong = ranks(audit.audited) if with_auditor else ranks(audit.auditors)
+    if decided := with_auditor != with_audited:
+        return WrongComputation(audit.step, audit.micro_batch, found.what, wrong, decided)
+    both = (*ranks(audit.audited), *ranks(audit.auditors))
+    return WrongComputation(audit.step, audit.micro_batch, found.what, both, decided)

@@ -270,6 +270,16 @@ class StepAudits:
         return table
 
 
+def passes_through(plan: Plan, rank: int, others: Sequence[int]) -> bool:
+    """Whether a rank computes a micro-batch that one of the others computes a stage of. Pure."""
+
+    def micro_batches(of: int) -> frozenset[int]:
+        at = plan.stage_replicas.find(of)
+        return frozenset() if at is None else frozenset(plan.micro_batches_of(at.pipeline, at.data))
+
+    return any(micro_batches(rank) & micro_batches(other) for other in others)
+
+
 def takes_part(plan: Plan, rank: int, replicas: Replicas) -> bool:
     """Whether a rank is one of these replicas. Pure."""
     at = plan.stage_replicas.find(rank)

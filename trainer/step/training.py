@@ -37,7 +37,7 @@ from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
-from holdfast.trainer.step.audit import StepAudits, WrongComputation
+from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -338,9 +338,17 @@ class Training:
     def audit(self) -> WrongComputation | None:
         """Between reduce and vote: whether a rank has computed wrongly. Collective over all ranks.
 
-        See `StepAudits`.
+        See `StepAudits`. If it is known which rank does, sums of this step with micro-batches that
+        have passed that rank are forgotten, so that they are computed again without it.
         """
-        return self._audits.finish()
+        wrong = self._audits.finish()
+        if (
+            wrong is not None
+            and wrong.decided
+            and passes_through(self.plan, self.rank, wrong.ranks)
+        ):
+            self.accumulator.clear()
+        return wrong
 
     @contextmanager
     def _layers_of(

@@ -26,6 +26,7 @@ from holdfast.launch.proofs.operation_comparison import (
 )
 from holdfast.launch.proofs.repeat import (
     alone,
+    config_of_step,
     digests_of,
     newest_checkpoint,
     recorded_config,
@@ -90,6 +91,19 @@ class Bisection:
 
 
 @dataclass(slots=True)
+class Repetition:
+    """Steps of a run that were trained again."""
+
+    digests: dict[int, StepDigests] = field(default_factory=dict)
+    runs: dict[int, RunDirectory] = field(default_factory=dict)
+    """By step, the run that made it: a new one where the configuration changed."""
+
+    def checkpoint(self, step: int) -> Path:
+        """The state after a step."""
+        return self.runs[step].root / "checkpoints" / name_of(step)
+
+
+@dataclass(slots=True)
 class _Work:
     """The folder of the repetitions, and what they cost."""
 
@@ -106,16 +120,24 @@ class _Work:
         until: int,
         recorded: Sequence[int] = (),
         values: Sequence[int] = (),
-    ) -> tuple[RunDirectory, dict[int, StepDigests]]:
-        """Train again by the configuration of a run; see `repeat_steps`."""
-        self.tried += 1
+    ) -> Repetition:
+        """Train again by the configuration that a run had then; see `repeat_steps`."""
+        found = Repetition()
         self.repeated += until - start[0]
-        settings = (*alone(side.config), *self.overrides)
-        folder = self.folder / f"{side.name}-{self.tried}"
-        run = repeat_steps(
-            side.config, start[1], until, folder, settings, recorded=recorded, values=values
-        )
-        return run, digests_of(run)
+        while True:
+            self.tried += 1
+            config, last = config_of_step(side.run, side.config, start[0] + 1)
+            end = until if last is None else min(until, last)
+            settings = (*alone(config), *self.overrides)
+            folder = self.folder / f"{side.name}-{self.tried}"
+            run = repeat_steps(
+                config, start[1], end, folder, settings, recorded=recorded, values=values
+            )
+            found.digests |= digests_of(run)
+            found.runs |= dict.fromkeys(range(start[0] + 1, end + 1), run)
+            if end == until:
+                return found
+            start = end, run.root / "checkpoints" / name_of(end)
 
 
 def bisect_runs(
@@ -147,7 +169,7 @@ def bisect_runs(
     found = Bisection(tuple(steps), where)
     if where is None:
         return found
-    found = replace(found, settings=tuple(_differing_settings(a, b)))
+    found = replace(found, settings=tuple(_differing_settings(a, b, where.step)))
     if not repeats:
         return _named(found, a)
     with scratch_folder() as folder:
@@ -155,7 +177,8 @@ def bisect_runs(
         if not where.is_exact:
             say(f"steps {where.equal_until} to {where.step} are trained again, to find which it is")
             where = _narrowed(work, a, b, where)
-            found = replace(found, where=where)
+            settings = tuple(_differing_settings(a, b, where.step))
+            found = replace(found, where=where, settings=settings)
         found = replace(found, token=_other_token(a, b, where.step))
         say(f"step {where.step} is trained again by the configuration of each run")
         found = _repeated(work, a, b, found, where)
@@ -186,9 +209,10 @@ def _named(found: Bisection, side: Side) -> Bisection:
     )
 
 
-def _differing_settings(a: Side, b: Side) -> Iterator[str]:
-    """The keys that differ and that bits depend on."""
-    mine, others = (flat_keys(msgspec.to_builtins(side.config)) for side in (a, b))
+def _differing_settings(a: Side, b: Side, step: int) -> Iterator[str]:
+    """The keys that bits depend on and that differed in a step."""
+    configs = [config_of_step(side.run, side.config, step)[0] for side in (a, b)]
+    mine, others = (flat_keys(msgspec.to_builtins(config)) for config in configs)
     for key in sorted(mine.keys() | others.keys()):
         if not key.startswith(_OF_THE_BITS) or key.startswith(_NOT_OF_THE_BITS):
             continue
@@ -241,10 +265,9 @@ def _start(work: _Work, a: Side, b: Side, done: int) -> tuple[int, Path | None]:
     if newest[0] == done:
         return newest
     for side in (a, b):
-        run, digests = work.repeat(side, newest, done)
-        again = [step for step in sorted(digests) if newest[0] < step <= done]
-        if all(digests[step] == side.digests.get(step, digests[step]) for step in again):
-            return done, run.root / "checkpoints" / name_of(done)
+        again = work.repeat(side, newest, done)
+        if all(side.digests.get(step, found) == found for step, found in again.digests.items()):
+            return done, again.checkpoint(done)
     raise CheckpointError(
         f"steps {newest[0] + 1} to {done}, in which the runs are equal, have other bits when they "
         "are trained again in this layout; give that of the runs with --set"
@@ -256,7 +279,7 @@ def _narrowed(work: _Work, a: Side, b: Side, where: Divergence) -> Divergence:
     begin = max(0, where.equal_until - 1)
     start = _start(work, a, b, begin)
     until = min(where.step + 1, a.config.train.steps)
-    again = [work.repeat(side, start, until)[1] for side in (a, b)]
+    again = [work.repeat(side, start, until).digests for side in (a, b)]
     found = divergence(*again)
     if found is None or not found.is_exact:
         raise CheckpointError(
@@ -276,13 +299,13 @@ def _repeated(work: _Work, a: Side, b: Side, found: Bisection, where: Divergence
         return found
     until = min(step + is_update, a.config.train.steps, b.config.train.steps)
     start = _start(work, a, b, begin)
-    runs, same = [], []
+    made, same = [], []
     for side in (a, b):
-        run, digests = work.repeat(side, start, until, recorded=[step])
-        runs.append(run)
-        same.append(all(digests[n] == side.digests.get(n) for n in range(step, until + 1)))
+        made.append(work.repeat(side, start, until, recorded=[step]))
+        known = {n: side.digests[n] for n in range(step, until + 1) if n in side.digests}
+        same.append(all(made[-1].digests[n] == digests for n, digests in known.items()))
     found = replace(found, reproduced=(same[0], same[1]))
-    files = [operations_file(run.trace, step, 0) for run in runs]
+    files = [operations_file(own.runs[step].trace, step, 0) for own in made]
     if all(path.exists() for path in files):
         operation = first_operation(*files)
         output = None
@@ -292,7 +315,7 @@ def _repeated(work: _Work, a: Side, b: Side, found: Bisection, where: Divergence
         if (valued := output or operation) is not None and not valued.is_other_program:
             found = replace(found, element=_element(work, a, b, start, step, valued))
     if found.operation is None:
-        checkpoints = [run.root / "checkpoints" / name_of(step) for run in runs]
+        checkpoints = [own.checkpoint(step) for own in made]
         if all(path.is_dir() for path in checkpoints):
             values = diff_checkpoints(*checkpoints).values
             found = replace(found, tensor=next(iter(values), None))
@@ -308,7 +331,7 @@ def _element(
     operation: OperationDifference,
 ) -> ElementDifference | None:
     again = [
-        work.repeat(side, start, step, recorded=[step], values=[number])[0]
+        work.repeat(side, start, step, recorded=[step], values=[number]).runs[step]
         for side, number in zip((a, b), operation.numbers, strict=True)
     ]
     files = [operations_file(run.trace, step, 0).with_suffix(".safetensors") for run in again]

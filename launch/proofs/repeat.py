@@ -13,7 +13,13 @@ from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore, PathOrUrl
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.output import write_whole
-from holdfast.trainer.config import RunConfig, dump_toml, flat_keys, load_config
+from holdfast.trainer.config import (
+    RunConfig,
+    convert_config,
+    dump_toml,
+    flat_keys,
+    load_config,
+)
 from holdfast.trainer.reports import StepDigests, read_digests
 from holdfast.trainer.run import RunDirectory, checkpoint_root
 
@@ -80,6 +86,24 @@ def digests_of(run: RunDirectory) -> dict[int, StepDigests]:
             "log.digests_every = 1"
         )
     return found
+
+
+def config_of_step(run: RunDirectory, config: RunConfig, step: int) -> tuple[RunConfig, int | None]:
+    """The configuration by which a run made a step, counted from 1, as its checkpoints tell.
+
+    Args:
+        config: that of its folder, which is of its newest start.
+    Returns:
+        The configuration, and the last step for which it is known to hold; None: it holds from
+        here on.
+    """
+    store = LocalStore(checkpoint_root(run.root, config))
+    for name in store.names():
+        found = step_of(name)
+        if found is not None and found >= step:
+            saved = store.manifest(name).config
+            return (convert_config(saved) if saved else config), found
+    return config, None
 
 
 def newest_checkpoint(run: RunDirectory, config: RunConfig, step: int) -> tuple[int, Path] | None:

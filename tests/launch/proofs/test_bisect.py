@@ -144,16 +144,6 @@ def test_another_kernel_is_found_at_its_first_module(folder: Path) -> None:
     assert repeated_of_each(found) <= MOST_REPEATED
 
 
-@pytest.mark.slow
-def test_a_chunked_loss_is_found_at_the_head(folder: Path) -> None:
-    """A setting of one operation: all before it is the same."""
-    train(folder, "chunked", "--set", "train.vocab_chunk=100")
-    found = bisected(folder, "chunked")
-    operation = found["operation"]
-    assert operation["first"]["module"] == "layers.head", operation
-    assert repeated_of_each(found) <= MOST_REPEATED
-
-
 @pytest.mark.chaos
 def test_one_flipped_bit_is_no_matter_of_settings(folder: Path) -> None:
     fault = "[{fault='corrupt-compute', rank=1, step=7, seconds=0.0}]"

@@ -68,13 +68,12 @@ def has_the_bits(folder: Path, out: str) -> bool:
     ("layout", "rank"),
     [
         (("parallel.data=3",), 0),
-        (("parallel.data=3",), 2),
         (("parallel.data=3", "parallel.pipeline=2", "parallel.schedule=zb-h1"), 3),
         (("parallel.data=3", "parallel.pipeline=2", "parallel.virtual=2",
           "parallel.schedule=interleaved-1f1b"), 4),
         (("parallel.data=3", "parallel.pipeline=2", "parallel.stretches=2"), 1),
     ],
-    ids=["first rank", "last rank", "split backward", "interleaved", "stretches"],
+    ids=["first rank", "split backward", "interleaved", "stretches"],
 )  # fmt: skip
 def test_a_rank_that_computes_wrongly_is_named_and_left_out(
     folder: Path, layout: tuple[str, ...], rank: int

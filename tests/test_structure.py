@@ -32,6 +32,7 @@ WIDE = {
     "parallel.output.disk_queue.DiskQueue": "because one lock guards all that a retry needs",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "launch.agent.worker_slot.WorkerSlot": "hence its many attributes",
+    "trainer.elastic.session.ElasticSession": "Its attributes are the parts of a step",
     "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
     "trainer.elastic.worker_status.RecoveryPlan": "because every field follows from all statuses",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",

@@ -11,6 +11,7 @@ import torch
 
 from holdfast.elastic import (
     Fault,
+    FaultEffects,
     FaultInjector,
     Membership,
     MembershipEvent,
@@ -34,7 +35,10 @@ logger = logging.getLogger("holdfast.elastic")
 
 
 class ElasticSession:
-    """Trains, compares and records as one worker. Call `go_on` first, and after each change."""
+    """Trains, compares and records as one worker. Call `go_on` first, and after each change.
+
+    Its attributes are the parts of a step, and what is to be recorded of a change.
+    """
 
     def __init__(
         self,
@@ -63,9 +67,7 @@ class ElasticSession:
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
             asked=run.chaos,
             note=self._note_fault,
-            corrupt=self._corrupt,
-            miscompute=self._products.flip_for,
-            cut=membership.cut_off,
+            effects=FaultEffects(self._corrupt, membership.cut_off, self._products.flip_for),
             disk=checkpoint_root(run.root, config),
         )
 

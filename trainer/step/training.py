@@ -150,15 +150,7 @@ class Training:
             recorder=groups.recorder,
             experts=self._team,
         )
-        self._audits = StepAudits(
-            plan,
-            rank,
-            self.model,
-            groups.control,
-            self._compute_apart,
-            seed=config.train.seed,
-            every=config.elastic.audit_every,
-        )
+        self._audits = self._new_audits()
         self._runners = new_runners(
             self.model,
             last,
@@ -170,6 +162,18 @@ class Training:
             config, self._runners, plan, rank, groups, device, self.offloader
         )
         self._start(begun, self.data, training=True)
+
+    def _new_audits(self) -> StepAudits:
+        config = self.config
+        return StepAudits(
+            self.plan,
+            self.rank,
+            self.model,
+            self.groups.control,
+            self._compute_apart,
+            seed=config.train.seed,
+            every=config.elastic.audit_every,
+        )
 
     def _new_offloader(self) -> Offloader | None:
         # Of the training, which later plans do not keep, it holds nothing.

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.elastic.agreement import AcceptorFile, AcceptorState, Report
 from holdfast.elastic.agreement.reports import report_from_data, report_to_data
 from holdfast.elastic.channel import message_in
-from holdfast.elastic.faults import FaultInjector
+from holdfast.elastic.faults import FaultEffects, FaultInjector
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.history import history_of
 from holdfast.elastic.lighthouse import ages_in
@@ -223,9 +223,7 @@ def _asked(path: Path) -> None:
         (),
         asked=path,
         note=never,
-        corrupt=lambda: None,
-        miscompute=never,
-        cut=never,
+        effects=FaultEffects(corrupt=never, cut=never, miscompute=never),
         disk=path.parent,
     )
     injector._position = 0  # as if all of it was asked for after the start

@@ -133,7 +133,8 @@ class Training:
         """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in the background transfer to the next plan."""
-        self._team = expert_team(config, plan, rank, groups, before and before._team)
+        team = None if before is None else before._team
+        self._team = expert_team(config, plan, rank, groups, team)
         self._programs = StepPrograms(plan, rank, self.model, self._team)
         begun, program = self.progress.decided, self._programs.whole[0]
         self._in_flight = StepInFlight(plan, rank, self.model, program, begun, self._team)

@@ -7,6 +7,7 @@ from .channel import (
 )
 from .faults import (
     Fault as Fault,
+    FaultEffects as FaultEffects,
     FaultError as FaultError,
     FaultInjector as FaultInjector,
     ask_for as ask_for,

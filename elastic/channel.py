@@ -61,6 +61,7 @@ _MESSAGES: Mapping[str, Mapping[str, Any]] = {
     "left": {},
     "line": {"text": str},
     "queued": {},
+    "sick": {},
     "waiting": {"line": str},
 }
 """The kinds of messages and their fields. Workers send all of them, agents only "event"."""

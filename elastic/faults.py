@@ -58,8 +58,8 @@ class Fault:
     state is first on its way to a newcomer, or to this rank, from that step on. "change": when
     ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
-    """The seconds for which the lock is held, the node is cut off or the disk is full, or by which
-    a slow step is longer."""
+    """The seconds for which the lock is held, the node is cut off, the disk is full or products are
+    wrong, or by which a slow step is longer."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
@@ -105,6 +105,18 @@ def _is_due(fault: Fault, step: int) -> bool:
     return fault.step in (0, step) or (fault.phase == "fill" and fault.step < step)
 
 
+@dataclass(frozen=True, slots=True)
+class FaultEffects:
+    """What faults do to a worker that only its training can do."""
+
+    corrupt: Callable[[], None]
+    """Flips a bit of this worker's state."""
+    cut: Callable[[float], None]
+    """Cuts this worker's node off for a number of seconds."""
+    miscompute: Callable[[float], None]
+    """Has bits flip in this worker's products for a number of seconds."""
+
+
 class FaultInjector:
     """Causes the faults of one worker.
 
@@ -119,8 +131,7 @@ class FaultInjector:
         *,
         asked: Path,
         note: Callable[[Fault], None],
-        corrupt: Callable[[], None],
-        cut: Callable[[float], None],
+        effects: FaultEffects,
         disk: Path,
         signal_self: Callable[[int], None] = lambda number: os.kill(os.getpid(), number),
         sleep: Callable[[float], None] = time.sleep,
@@ -131,15 +142,12 @@ class FaultInjector:
             faults: the faults of the configuration.
             asked: the file of further faults that are asked for during the run; see `ask_for`.
             note: records a fault, before it happens.
-            corrupt: flips a bit of this worker's state.
-            cut: cuts this worker's node off for a number of seconds.
             disk: the folder that checkpoints are written to.
             signal_self: sends a signal to this process.
         """
         self._identity = (rank, incarnation)
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
-        self._asked, self._note, self._corrupt = asked, note, corrupt
-        self._cut, self._disk = cut, disk
+        self._asked, self._note, self._effects, self._disk = asked, note, effects, disk
         self._signal_self, self._sleep = signal_self, sleep
         self._lock = threading.Lock()
         self._position = asked.stat().st_size if asked.exists() else 0
@@ -198,9 +206,11 @@ class FaultInjector:
             case "exit":
                 os._exit(1)
             case "corrupt-memory":
-                self._corrupt()
+                self._effects.corrupt()
+            case "corrupt-compute":
+                self._effects.miscompute(fault.seconds)
             case "cut":
-                self._cut(fault.seconds)
+                self._effects.cut(fault.seconds)
             case "fill-disk":
                 try:
                     fill_disk(self._disk, fault.seconds)

@@ -37,6 +37,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "chaos": "chaos",
     "health": "health",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
+    **dict.fromkeys(("bisect", "audit"), "comparisons"),
     "convert": "convert",
     "generate": "text",
     "evaluate": "evaluation",
@@ -44,8 +45,9 @@ COMMANDS: Final[Mapping[str, str]] = {
 """By the name of a command, the module of launch.commands whose `register` adds it."""
 RECORDED: Final = ("train", "resume", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
-ANSWERING: Final = ("verify", "diff", "prove", "health")
-"""The commands whose exit code 1 is an answer: damaged, different, not proved, sick."""
+ANSWERING: Final = ("verify", "diff", "prove", "bisect", "audit", "health")
+"""The commands whose exit code 1 is an answer: damaged, different, not proved, not confirmed,
+sick."""
 ONCE_A_FLAG: Final = "--allow-change"
 COMPLETION: Final = "_HOLDFAST_COMPLETE"
 """The environment variable by which a shell asks for completions of a command line."""

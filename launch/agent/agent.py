@@ -252,6 +252,8 @@ class Agent:
             self._abort(end.code, f"it cannot go on: {known or cause}")
         elif slot.is_incurable and end.code > 0:
             self._abort(end.code, f"rank {slot.spec.identity}: {cause}")
+        elif slot.is_sick:
+            tell_person(f"rank {slot.spec.identity} is not replaced on this machine: {cause}")
         elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
@@ -353,6 +355,8 @@ class Agent:
                     self._publish(slot.event("joining", cause, 0.0))
             case "left":
                 slot.has_left = True
+            case "sick":
+                slot.is_sick = True
             case "incurable":
                 slot.is_incurable = True
             case "cut":

@@ -218,7 +218,9 @@ class _RunView:
         elif name == "checkpoint_failed":
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
-        elif name == "resume_note" or (name == "data_opened" and not line["step"]):
+        elif name in ("resume_note", "straggler", "wrong_computation") or (
+            name == "data_opened" and not line["step"]
+        ):
             note(line["message"])
         elif name == "step_skipped":
             note(line["reason"])

@@ -30,9 +30,18 @@ TIMED_PHASES: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
 """The phases that every step has, in order."""
 
 FaultKind = Literal[
-    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+    "kill",
+    "stop",
+    "hold-lock",
+    "slow",
+    "exit",
+    "corrupt-memory",
+    "corrupt-compute",
+    "cut",
+    "fill-disk",
 ]
 """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every later step
 takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
+corrupt-compute: for a time, bits flip in the results of matrix products.
 cut: the worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from holdfast.elastic import faults
-from holdfast.elastic.faults import Fault, FaultInjector, ask_for
+from holdfast.elastic.faults import Fault, FaultEffects, FaultInjector, ask_for
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import LighthouseAway
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
@@ -92,8 +92,11 @@ def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector
         faults,
         asked=folder / "chaos.jsonl",
         note=lambda fault: done.append(f"note {fault.fault} at step {fault.step}"),
-        corrupt=lambda: done.append("corrupt"),
-        cut=lambda seconds: done.append(("cut", seconds)),
+        effects=FaultEffects(
+            corrupt=lambda: done.append("corrupt"),
+            cut=lambda seconds: done.append(("cut", seconds)),
+            miscompute=lambda seconds: done.append(("miscompute", seconds)),
+        ),
         disk=folder,
         signal_self=done.append,
         sleep=lambda seconds: done.append(("sleep", seconds)),

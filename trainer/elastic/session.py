@@ -11,6 +11,7 @@ import torch
 
 from holdfast.elastic import (
     Fault,
+    FaultEffects,
     FaultInjector,
     Membership,
     MembershipEvent,
@@ -20,6 +21,7 @@ from holdfast.elastic import (
 from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
+from holdfast.trainer.elastic.flipped_products import FlippedProducts
 from holdfast.trainer.elastic.incidents import ChangeFiles, ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
@@ -33,7 +35,10 @@ logger = logging.getLogger("holdfast.elastic")
 
 
 class ElasticSession:
-    """Trains, compares and records as one worker. Call `go_on` first, and after each change."""
+    """Trains, compares and records as one worker. Call `go_on` first, and after each change.
+
+    Its attributes are the parts of a step, and what is to be recorded of a change.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class ElasticSession:
         """The digest of the state at the newest comparison since the last change."""
         self._heard: Sequence[MembershipEvent] = ()
         """The membership events that led to the last change."""
+        self._products = FlippedProducts()
         self._changes: list[ChangeRecord] = []
         """The changes since the last vote; recorders write theirs before they vote."""
         self._faults = FaultInjector(
@@ -61,14 +67,14 @@ class ElasticSession:
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
             asked=run.chaos,
             note=self._note_fault,
-            corrupt=self._corrupt,
-            cut=membership.cut_off,
+            effects=FaultEffects(self._corrupt, membership.cut_off, self._products.flip_for),
             disk=checkpoint_root(run.root, config),
         )
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
-        outcome = run_step(self._parts(), step, change=change, leave=leave)
+        with self._products:
+            outcome = run_step(self._parts(), step, change=change, leave=leave)
         self._membership.committed(step + 1)
         self._changes.clear()
         return outcome
@@ -198,7 +204,8 @@ class ElasticSession:
         assert self._training is not None
         assert self._reporter is not None
         saves = self._saves.current
-        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock)
+        trace = self._records.run.trace
+        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock, trace)
 
     def _note_fault(self, fault: Fault) -> None:
         fields = asdict(fault)

@@ -42,6 +42,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def digests(self) -> Path:
+        """The digests of each step's loss, gradients and parameters, chained by hash."""
+        return self.root / "digests.jsonl"
+
+    @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
 

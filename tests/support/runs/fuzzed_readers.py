@@ -14,7 +14,7 @@ import msgspec
 from holdfast.elastic.agreement import AcceptorFile, AcceptorState, Report
 from holdfast.elastic.agreement.reports import report_from_data, report_to_data
 from holdfast.elastic.channel import message_in
-from holdfast.elastic.faults import FaultInjector
+from holdfast.elastic.faults import FaultEffects, FaultInjector
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.history import history_of
 from holdfast.elastic.lighthouse import ages_in
@@ -45,7 +45,7 @@ from holdfast.trainer.run.run_directory import (
     told_run,
     write_error,
 )
-from holdfast.trainer.step.progress import Outcome
+from holdfast.trainer.step.vote.progress import Outcome
 from support.runs.plans import first_plan
 
 
@@ -232,7 +232,13 @@ def _asked(path: Path) -> None:
         return None
 
     injector = FaultInjector(
-        5, 0, (), asked=path, note=never, corrupt=lambda: None, cut=never, disk=path.parent
+        5,
+        0,
+        (),
+        asked=path,
+        note=never,
+        effects=FaultEffects(corrupt=never, cut=never, miscompute=never),
+        disk=path.parent,
     )
     injector._position = 0  # as if all of it was asked for after the start
     injector.at(1, "compute")

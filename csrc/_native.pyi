@@ -102,6 +102,23 @@ def sum_squares_f32(values: int, count: int) -> float:
 def sum_squares_f64(values: int, count: int) -> float:
     """As sum_squares_f32, values: float64[count]."""
 
+def bit_sum_16(values: int, count: int, first: int) -> int:
+    """The weighted sum modulo 2**64 of the bits of count values of 16 bits: unsigned.
+
+    Value i, as an unsigned number, counts ((first + i) * 0x9E3779B97F4A7C15) | 1 times. So any
+    change of a single value changes the sum, the order counts, and sums of disjoint ranges of
+    places add up to that of all.
+
+    Args:
+        first: the place of the first value; unsigned 64 bits.
+    """
+
+def bit_sum_32(values: int, count: int, first: int) -> int:
+    """As bit_sum_16, for values of 32 bits."""
+
+def bit_sum_64(values: int, count: int, first: int) -> int:
+    """As bit_sum_16, for values of 64 bits."""
+
 def packed_bound(count: int) -> int:
     """The most bytes that count int64 take once packed: 8 each and a header."""
 

@@ -5,6 +5,7 @@
 
 #include "attention_merge.h"
 #include "best_fit.h"
+#include "bit_sums.h"
 #include "crc32c.h"
 #include "fixed_point.h"
 #include "instruction_set.h"
@@ -109,6 +110,16 @@ void define_dropout(nb::module_& module, const char* name) {
       Unlocked());
 }
 
+template <class Word>
+void define_bit_sum(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](Address values, std::int64_t count, std::uint64_t first) {
+        return bit_sum(at<const Word>(values), count, first);
+      },
+      "values"_a, "count"_a, "first"_a, Unlocked());
+}
+
 template <class Value, class Sum>
 void define_merge(nb::module_& module, const char* name) {
   module.def(
@@ -144,6 +155,10 @@ NB_MODULE(_native, module) {
       "accumulator"_a, "other"_a, "count"_a, Unlocked());
   define_conversion<float>(module, "reduce_convert_f32", "sum_squares_f32");
   define_conversion<double>(module, "reduce_convert_f64", "sum_squares_f64");
+
+  define_bit_sum<std::uint16_t>(module, "bit_sum_16");
+  define_bit_sum<std::uint32_t>(module, "bit_sum_32");
+  define_bit_sum<std::uint64_t>(module, "bit_sum_64");
 
   module.def("packed_bound", &packed_bound, "count"_a, Unlocked());
   module.def(

@@ -62,6 +62,7 @@ _MESSAGES: Mapping[str, Mapping[str, Any]] = {
     "left": {},
     "line": {"text": str},
     "queued": {},
+    "sick": {},
     "waiting": {"line": str},
 }
 """The kinds of messages and their fields. Agents send "event" and "examine", workers the others and

@@ -59,8 +59,8 @@ class Fault:
     state is first on its way to a newcomer, or to this rank, from that step on. "change": when
     ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
-    """The seconds for which the lock is held, the write lasts, the node is cut off or the disk is
-    full, or by which a slow step is longer."""
+    """The seconds for which the lock is held, the write lasts, the node is cut off, the disk is full
+    or products are wrong, or by which a slow step is longer."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
@@ -116,6 +116,8 @@ class FaultEffects:
     """Cuts this worker's node off for a number of seconds."""
     deadlock: Callable[[], None]
     """Waits for a message of another rank that never comes."""
+    miscompute: Callable[[float], None]
+    """Has bits flip in this worker's products for a number of seconds."""
 
 
 class FaultInjector:
@@ -212,6 +214,8 @@ class FaultInjector:
                 os._exit(1)
             case "corrupt-memory":
                 self._effects.corrupt()
+            case "corrupt-compute":
+                self._effects.miscompute(fault.seconds)
             case "cut":
                 self._effects.cut(fault.seconds)
             case "fill-disk":

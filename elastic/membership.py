@@ -290,6 +290,10 @@ class Membership:
         """Tell the agent that this worker ends for a reason that no replacement can cure."""
         self._tell("incurable")
 
+    def sick(self) -> None:
+        """Tell the agent that this worker's machine computes wrongly: nothing replaces it here."""
+        self._tell("sick")
+
     def left(self) -> None:
         """Tell the agent that this worker has handed its state over and ends."""
         if self._channel is not None:

@@ -36,7 +36,9 @@ COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "resume", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
     "report": "report",
+    "health": "health",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
+    **dict.fromkeys(("bisect", "audit"), "comparisons"),
     "convert": "convert",
     "generate": "text",
     "evaluate": "evaluation",
@@ -44,8 +46,9 @@ COMMANDS: Final[Mapping[str, str]] = {
 """By the name of a command, the module of launch.commands whose `register` adds it."""
 RECORDED: Final = ("train", "resume", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
-ANSWERING: Final = ("verify", "diff", "prove")
-"""The commands whose exit code 1 is an answer: damaged, different, not proved."""
+ANSWERING: Final = ("verify", "diff", "prove", "bisect", "audit", "health")
+"""The commands whose exit code 1 is an answer: damaged, different, not proved, not confirmed,
+sick."""
 ONCE_A_FLAG: Final = "--allow-change"
 COMPLETION: Final = "_HOLDFAST_COMPLETE"
 """The environment variable by which a shell asks for completions of a command line."""

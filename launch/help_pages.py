@@ -40,10 +40,23 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast chaos runs/run-1 --every 30 --count 0",
     ),
     "report": ("holdfast report runs/run-1 --text",),
+    "health": (
+        "holdfast health",
+        "holdfast health run.toml --out /shared/runs/first --json",
+        "srun --ntasks-per-node 1 holdfast health --pairwise",
+    ),
     "inspect": ("holdfast inspect runs/run-1 --tensors", "holdfast inspect start --json"),
     "verify": ("holdfast verify runs/run-1", "holdfast verify s3://bucket/run --json"),
     "diff": ("holdfast diff runs/run-1 runs/run-2",),
     "prove": ("holdfast prove runs/run-1/checkpoints/step-00000050 runs/run-1",),
+    "bisect": (
+        "holdfast bisect runs/run-1 runs/run-2",
+        "holdfast bisect runs/run-1 runs/run-2 --only-compare --json",
+    ),
+    "audit": (
+        "holdfast audit runs/run-1 --steps 41:50",
+        "holdfast audit runs/run-1 --steps 41:50 --set parallel.pipeline=2",
+    ),
     "convert": (
         "holdfast convert runs/run-1 model --to hf",
         "holdfast convert Llama-folder start --to holdfast",

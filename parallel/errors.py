@@ -64,6 +64,18 @@ class Diverged(NumericsError):
     exit_code = 4
 
 
+class ComputesWrongly(HoldfastError):
+    """This rank has other results than the ranks that compute the same; others go on without it."""
+
+    exit_code = 3
+
+
+class Undecided(HoldfastError):
+    """Ranks have different results of the same, and it is not known which are right."""
+
+    exit_code = 3
+
+
 class PeerLost(HoldfastError, ConnectionError):
     """A rank of this generation is gone; a restart or recovery can cure it."""
 

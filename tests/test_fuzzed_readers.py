@@ -22,6 +22,7 @@ FILES = (
     "events",
     "evidence",
     "faults asked for",
+    "health",
     "identity",
     "incident",
     "join file",

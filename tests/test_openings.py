@@ -32,6 +32,7 @@ REASONS = {
     "checkpoint.stores.local: shutil.copyfile": "into a new folder of this save alone",
     "launch.agent.lighthouse_process: open": "a pipe of this process",
     "launch.launchers.nodes: open": "a pipe of this process",
+    "launch.machine_errors.kernel_messages: os.open": "a device of the kernel, without waiting",
     "parallel.files.own_files: open": "a descriptor",
     "parallel.files.own_files: os.open": "checks itself",
     "parallel.files.scratch: os.open": "in a folder of this user, and no link is followed",

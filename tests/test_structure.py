@@ -34,6 +34,7 @@ WIDE = {
     "parallel.output.disk_queue.DiskQueue": "because one lock guards all that a retry needs",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "launch.agent.worker_slot.WorkerSlot": "hence its many attributes",
+    "trainer.elastic.session.ElasticSession": "Its attributes are the parts of a step",
     "trainer.elastic.worker_status.WorkerStatus": "because ranks conclude from all of it at once",
     "trainer.elastic.worker_status.RecoveryPlan": "because every field follows from all statuses",
     "trainer.saves.checkpointing.Checkpoints": "hence its many attributes",
@@ -48,7 +49,7 @@ WIDE = {
     "trainer.models.deepseek_v3.family.DeepseekV3Config": "A field for each key",
     "trainer.models.family.Family": "a field for each thing that families do their own way",
     "trainer.models.section.ModelConfig": "A field for each key",
-    "trainer.step.progress.Outcome": "a field for each",
+    "trainer.step.vote.progress.Outcome": "a field for each",
     "trainer.step.training.Training": "so it has an attribute for each",
 }
 """What is wider all the same, with the words of its docstring that give the reason."""
@@ -174,6 +175,7 @@ def test_a_hook_that_is_set_from_outside_is_seen() -> None:
 
 
 WALL_CLOCK = {
+    "launch.health.links",
     "checkpoint.convert.formats.holdfast",
     "checkpoint.saving.save",
     "checkpoint.tools.verify",
@@ -184,7 +186,7 @@ WALL_CLOCK = {
     "trainer.reports.tensorboard",
     "trainer.reports.trace",
 }
-"""What writes the time of day into a record."""
+"""What writes the time of day into a record, or compares the clocks of nodes."""
 
 
 def test_the_time_of_day_goes_into_records_and_decides_nothing() -> None:

@@ -6,14 +6,24 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
 
 from holdfast.parallel.comm import WaitNews, watch_waits
-from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
+from holdfast.parallel.errors import (
+    ComputesWrongly,
+    Diverged,
+    Interrupted,
+    NotSaved,
+    NumericsError,
+    Stopped,
+    Undecided,
+)
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.schedules import StepPhase
+from holdfast.trainer.check import recorded_operations
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     EventFile,
@@ -31,6 +41,7 @@ from holdfast.trainer.step import (
     Outcome,
     Requests,
     Training,
+    WrongComputation,
     evaluates_after,
     no_hook,
     open_training,
@@ -55,6 +66,8 @@ class Parts:
     at: AtPhase = no_hook
     """Called at each phase of a step; faults are injected here."""
     clock: PhaseClock = field(default_factory=PhaseClock)
+    trace: Path = Path("trace")
+    """The folder of traces."""
 
 
 def train(
@@ -88,7 +101,7 @@ def train(
     first = checkpoints.resume(notes.append)
     events = EventFile(run.events, DiskWord(lambda line: tell(f"holdfast: {line}")))
     reporter = Reporter(training, world, run, workers, events, first)
-    parts = Parts(training, checkpoints, reporter)
+    parts = Parts(training, checkpoints, reporter, trace=run.trace)
     steps = config.train.steps
     waits = watch_waits(training.groups, world.rank, store, lambda news: tell_wait(news, events))
     try:
@@ -162,10 +175,20 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     lr = config.rate_of(step)
     training.groups.recorder.note_step(step + 1)
     timer = StepTimer(parts, step)
-    with timer.phase("compute"):
+    recording = recorded_operations(
+        parts.trace,
+        step + 1,
+        training.rank,
+        lambda: training.current_micro_batch,
+        steps=config.log.operation_steps,
+        kept=config.log.operation_values,
+    )
+    with timer.phase("compute"), recording:
         times = training.compute(step, parts.at)
     with timer.phase("reduce"):
         squares, flags = training.reduce()
+    if (wrong := training.audit()) is not None:
+        _end_of_wrong(parts, step, wrong)
     with timer.phase("vote"):
         requests = replace(checkpoints.requests(), change=change, leave=leave)
         outcome = training.vote(squares, flags, requests)
@@ -190,6 +213,24 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())
     return outcome
+
+
+def _end_of_wrong(parts: Parts, step: int, wrong: WrongComputation) -> None:
+    """Report that a rank computes wrongly; that rank ends, and the step goes on without it.
+
+    Raises:
+        ComputesWrongly: this rank does.
+        Undecided: it is not known which rank does, so that no result of the step can be used.
+    """
+    with parts.training.busy("report"):
+        parts.reporter.computes_wrongly(step + 1, wrong)
+    if not wrong.decided:
+        raise Undecided(
+            f"{wrong}, and again when both try it once more; test these machines, and go on "
+            "without the sick one from the last checkpoint (three replicas would name it)"
+        )
+    if parts.training.rank in wrong.ranks:
+        raise ComputesWrongly(f"{wrong}; this rank takes no further part, test its machine")
 
 
 def save_last(parts: Parts, step: int, limit_s: float) -> str:

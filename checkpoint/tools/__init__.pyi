@@ -1,5 +1,6 @@
 from .diff import (
     Difference as Difference,
+    TensorDifference as TensorDifference,
     diff_checkpoints as diff_checkpoints,
 )
 from .inspect import (

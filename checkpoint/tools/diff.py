@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class TensorDifference:
     """The largest absolute difference; infinite or NaN where one side is."""
     relative: float
     """The norm of the difference over the norm of the first's values."""
+    first: tuple[int, ...] = ()
+    """The place of the first element with different bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def diff_checkpoints(
                 done += values[0].numel() * values[0].element_size()
                 progress(done, total)
             if counted.differing:
-                found.append(counted.difference(name))
+                found.append(counted.difference(name, ours[name].shape))
     finally:
         for reader in readers:
             reader.close()
@@ -177,6 +179,7 @@ class _Counted:
     largest: float = 0.0
     squares: float = 0.0
     difference_squares: float = 0.0
+    first: int = -1
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Compare two parts bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
@@ -187,7 +190,10 @@ class _Counted:
             t.contiguous().view(-1).view(torch.uint8).view(first.numel(), -1)
             for t in (first, second)
         ]
-        differing = int((raw[0] != raw[1]).any(1).sum())
+        unequal = (raw[0] != raw[1]).any(1)
+        differing = int(unequal.sum())
+        if differing and not self.differing:
+            self.first = self.elements - first.numel() + int(unequal.nonzero()[0])
         self.differing += differing
         wide = first.double() if not first.is_complex() else first.abs().double()
         self.squares += float(wide.square().sum())
@@ -197,6 +203,7 @@ class _Counted:
             self.largest = largest if not largest <= self.largest else self.largest
             self.difference_squares += float(gap.square().sum())
 
-    def difference(self, name: str) -> TensorDifference:
+    def difference(self, name: str, shape: Sequence[int]) -> TensorDifference:
         relative = math.sqrt(self.difference_squares / self.squares) if self.squares else math.inf
-        return TensorDifference(name, self.elements, self.differing, self.largest, relative)
+        place = tuple(int(n) for n in torch.unravel_index(torch.tensor(self.first), tuple(shape)))
+        return TensorDifference(name, self.elements, self.differing, self.largest, relative, place)

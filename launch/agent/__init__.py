@@ -1,7 +1,7 @@
 """The agent of a node: it starts, watches and replaces workers, and reports for ended ones.
 
-May import launch.processes, elastic, parallel.comm, parallel.links, parallel.errors,
-parallel.files, parallel.output and parallel.reading.
+May import launch.machine_errors, launch.processes, elastic, parallel.comm, parallel.links,
+parallel.errors, parallel.files, parallel.output and parallel.reading.
 """
 
 import lazy_loader

@@ -34,6 +34,7 @@ from holdfast.elastic import (
 from holdfast.elastic.agreement import AcceptorState
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.guard import Guard
+from holdfast.launch.agent.machine_health import watched_errors
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
@@ -117,6 +118,7 @@ class Agent:
                 lives=self._lives,
             )
             held.callback(lambda: self._others.close(over=self._is_awaited_by_none))
+            held.enter_context(watched_errors(self._settings, self._main_thread, self._leave_sick))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
             for spec in self._settings.specs(services.membership, services.store, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
@@ -244,6 +246,8 @@ class Agent:
             self._abort(end.code, f"it cannot go on: {known or cause}")
         elif slot.is_incurable and end.code > 0:
             self._abort(end.code, f"rank {slot.spec.identity}: {cause}")
+        elif slot.is_sick:
+            tell_person(f"rank {slot.spec.identity} is not replaced on this machine: {cause}")
         elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
@@ -346,6 +350,8 @@ class Agent:
                     self._publish(slot.event("joining", cause, 0.0))
             case "left":
                 slot.has_left = True
+            case "sick":
+                slot.is_sick = True
             case "incurable":
                 slot.is_incurable = True
             case "cut":
@@ -433,7 +439,22 @@ class Agent:
             else:
                 slot.kill("its node was interrupted before it took part")
 
-    def _drain(self) -> None:
+    def _leave_sick(self, error: str) -> None:
+        """Leave the run because of an error of this machine, if others can go on with it.
+
+        A node that is alone in the run goes on: it would lose the run, and not only a node.
+        """
+        if self.shutdown.draining or self.shutdown.kill_at_s is not None:
+            return
+        if not self._others.are_known_to_train(self._slots):
+            told = "goes on, as no other node trains, though its machine reports"
+            tell_person(f"{self._who} {told}: {error}")
+            return
+        why = f"leaves, as its machine reports: {error}"
+        tell_person(f"{self._who} {why}")
+        self._drain(why)
+
+    def _drain(self, why: str = "is to be shut down") -> None:
         """Announce that this node leaves.
 
         The other nodes let its workers leave; workers that still live at the deadline are killed.
@@ -441,10 +462,10 @@ class Agent:
         if self.shutdown.draining:
             return
         self.shutdown.draining = True
-        self._stop_within(self._settings.exit_s, "it is to be shut down")
+        self._stop_within(self._settings.exit_s, f"it {why}")
         for slot in self._slots.values():
             if slot.is_member:
-                cause = f"node {self._settings.node} is to be shut down"
+                cause = f"node {self._settings.node} {why}"
                 self._publish(slot.event("leaving", cause, self._settings.exit_s))
             else:
-                slot.kill("its node is to be shut down")
+                slot.kill(f"its node {why}")

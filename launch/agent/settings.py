@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.elastic import HangLimits, MembershipSettings, Roll, RunEnd, WorkerSpec
 from holdfast.launch.agent.liveness import record_of
 from holdfast.launch.agent.restarts import RestartPolicy
+from holdfast.launch.machine_errors import MachineError, MachineRoots
 from holdfast.parallel.comm import FlightRecord
 from holdfast.parallel.errors import Stopped
 
@@ -62,6 +63,11 @@ class AgentSettings:
     ranks have had."""
     read_record: Callable[[WorkerSpec], FlightRecord | None] = record_of
     """Reads a worker's flight record, if there is one."""
+    roots: MachineRoots | None = None
+    """Where the kernel tells of errors of this machine; None: no error is looked for, as another
+    agent of this machine does it."""
+    on_machine_errors: Callable[[Sequence[MachineError]], None] | None = None
+    """Called in another thread with new errors of this machine."""
     on_stranger: Callable[[str], None] | None = None
     """Called once, in another thread, with a sentence about the first connection of a stranger."""
     incidents: Path | None = None

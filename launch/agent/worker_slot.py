@@ -42,6 +42,8 @@ class WorkerSlot:
     """The time since which the newest generation lacks its worker, which was a member."""
     is_incurable: bool = False
     """Whether its worker has said that no replacement can cure the reason for its end."""
+    is_sick: bool = False
+    """Whether its worker has said that its machine computes wrongly; it stays so."""
     finished: bool = False
     """Whether its worker has said that the run's last step is done and saved."""
     has_left: bool = False
@@ -103,6 +105,8 @@ class WorkerSlot:
         """
         if code == -signal.SIGKILL and self.killed_for:
             return self.killed_for
+        if self.is_sick:
+            return "computes wrongly, as an audit has found"
         if not code and self.has_left:
             return "has handed its state over"
         if not code:

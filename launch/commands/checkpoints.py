@@ -247,6 +247,8 @@ def prove(
         )
         raise typer.Exit(0)
     worst = found.difference.values[0].name if found.difference.values else "tensors are missing"
+    if found.where is not None:
+        say(f"the run's digests part from the repetition's at step {found.where.step}")
     say(
         f"not proved: {len(found.difference.values)} of {found.difference.compared} tensors differ "
         f"after {end - start} steps, first {worst}"

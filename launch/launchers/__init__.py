@@ -1,6 +1,7 @@
 """The start of a run's workers: on this machine, or as nodes of a cluster.
 
-May import launch.agent, launch.processes, trainer, checkpoint.tiers, elastic and parallel.
+May import launch.agent, launch.health, launch.machine_errors, launch.processes, trainer,
+checkpoint.tiers, elastic and parallel.
 """
 
 import lazy_loader

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,17 +21,26 @@ import msgspec
 
 from holdfast.elastic import lighthouse_url
 from holdfast.launch.agent import Agent, AgentSettings, detached_lighthouse
+from holdfast.launch.health import HealthReport, NodeRefused, require_health
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import (
+    ROOTS,
     check_lighthouse,
     explained,
     failures_of,
     log_agents,
     node_settings,
     tells_of_strangers,
+    watching,
     worker_main,
 )
+from holdfast.launch.launchers.health_admission import (
+    admit_founders,
+    admit_newcomer,
+    report_of_this_node,
+)
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
+from holdfast.launch.machine_errors import MachineRoots
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.parallel.files import machine_identity
 from holdfast.parallel.links import (
@@ -91,6 +100,8 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         try:
             node = _task_settings(request.config, world)
             check_lighthouse(request.config.elastic.lighthouse, world.secret)
+            given = RunDirectory(request.out or Path())
+            health = report_of_this_node(request.config, given, node)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
             tell_others(listening, world, RunAnswer(error=str(error)), request.config)
@@ -98,14 +109,17 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
         host = node.host if config.elastic.lighthouse else listening.getsockname()[0]
-        node = _enrolled(replace(node, log=run.log, incidents=run.incidents, host=host), run)
+        node = replace(node, log=run.log, incidents=run.incidents, host=host)
+        node = watching(_enrolled(node, run), run, ROOTS)
         _forget_earlier_starts(node)
         held.callback(start_display(config, run).close)
         agent = Agent(node, worker_main(config, run))
         announce = held.enter_context(published_join_file(run))
         lighthouse = held.enter_context(_lighthouse(node))
         answer = RunAnswer(root=str(run.root.absolute()), resume=run.resume, lighthouse=lighthouse)
-        tell_others(listening, world, answer, request.config)
+        reports = tell_others(listening, world, answer, request.config, health=health)
+        if reports:
+            admit_founders(run, node.membership.run, reports)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = agent.run(lighthouse)
         code = explained(code, run, node.ranks, agent.shutdown.reason)
@@ -120,12 +134,12 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     Raises:
         ConfigError: the first task cannot be reached, or reported an error.
     """
-    answer, host = ask_first(world, config)
+    health = report_of_this_node(config, RunDirectory(Path()), _task_settings(config, world))
+    answer, host = ask_first(world, config, health=health)
     run, lighthouse = told_run(answer)
     config = recorded_throughput(config, run.root)
-    node = _enrolled(
-        replace(_task_settings(config, world), log=run.log, incidents=run.incidents, host=host), run
-    )
+    node = replace(_task_settings(config, world), log=run.log, incidents=run.incidents, host=host)
+    node = watching(_enrolled(node, run), run, ROOTS)
     check_lighthouse(lighthouse, node.membership.secret)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
@@ -180,7 +194,13 @@ def _end_of_task(config: RunConfig, code: int, agent: Agent) -> int:
     return code
 
 
-def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[int, ...]) -> int:
+def join_run(
+    run: RunDirectory,
+    config: RunConfig,
+    info: JoinInfo,
+    ranks: tuple[int, ...],
+    roots: MachineRoots = ROOTS,
+) -> int:
     """Join a run under way with new ranks on this machine. Returns the exit code.
 
     Call it in a process without threads.
@@ -189,6 +209,7 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
         run, config: the run's folder, which this machine shares with the others, and the
             configuration in it.
         info, ranks: the result of `take_ranks`.
+        roots: where the kernel tells of errors of this machine.
     Raises:
         ConfigError: the run cannot grow.
     """
@@ -208,6 +229,9 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
         founder=False,
         is_over=lambda: not is_under_way(run, info.token),
     )
+    if (report := report_of_this_node(config, run, node)) is not None:
+        admit_newcomer(run, info.token, report)
+    node = watching(node, run, roots)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
     return explained(agent.run(), run, ranks, agent.shutdown.reason)
@@ -254,10 +278,17 @@ def tell_others(
     answer: RunAnswer,
     config: RunConfig,
     *,
+    health: HealthReport | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> None:
+) -> list[HealthReport]:
     """Answer each other task once, after all of them have connected with the job's secret.
 
+    If nodes are sick, the other tasks get that as an error.
+
+    Args:
+        health: the report on this node, if the run asks for one.
+    Returns:
+        The reports on all nodes, if the run asks for them.
     Raises:
         TermsDiffer: a task has another configuration, or other versions; all of them are told.
         ConfigError: one has not come in time.
@@ -265,11 +296,15 @@ def tell_others(
     here = f"{world.store_host}:{world.store_port}"
     waiting = Waiting(f"the other tasks of the job to come to {here}", MEET_S, clock=clock)
     differing: list[str] = []
+    reports = [health] if health is not None else []
 
     def answered(said: Mapping[int, bytes]) -> bytes:
-        differing.extend(_differing(config, said))
-        told = RunAnswer(error="\n".join(differing)) if differing and not answer.error else answer
-        return msgspec.json.encode(told)
+        words = {task: _word_in(text) for task, text in said.items()}
+        differing.extend(_differing(config, {task: word.terms for task, word in words.items()}))
+        if health is not None:
+            reports.extend(word.health for word in words.values() if word.health is not None)
+        wrong = "\n".join(differing) or _sickness(reports)
+        return msgspec.json.encode(RunAnswer(error=wrong) if wrong and not answer.error else answer)
 
     missing = answer_all(
         listening,
@@ -285,6 +320,30 @@ def tell_others(
         )
     if differing and not answer.error:
         raise TermsDiffer("\n".join(differing))
+    return reports
+
+
+class TaskWord(msgspec.Struct, frozen=True):
+    """What a task says of itself when it asks."""
+
+    terms: Terms
+    health: HealthReport | None = None
+
+
+def _word_in(text: bytes) -> TaskWord:
+    try:
+        return decode_json(text, TaskWord)
+    except ValueError as error:
+        return TaskWord(Terms(error=f"another version of holdfast ({error})"))
+
+
+def _sickness(reports: Sequence[HealthReport]) -> str:
+    """Why nodes are refused; empty: none is."""
+    try:
+        require_health(reports)
+    except NodeRefused as error:
+        return str(error)
+    return ""
 
 
 def _task_terms(config: RunConfig) -> Terms:
@@ -292,18 +351,13 @@ def _task_terms(config: RunConfig) -> Terms:
     return Terms(config_terms(config), versions=software_versions())
 
 
-def _differing(config: RunConfig, said: Mapping[int, bytes]) -> tuple[str, ...]:
+def _differing(config: RunConfig, said: Mapping[int, Terms]) -> tuple[str, ...]:
     """What differs between the first task and the others, one line each.
 
     Args:
         said: by task, its terms.
     """
-    found = {0: _task_terms(config)}
-    for task, text in said.items():
-        try:
-            found[task] = decode_json(text, Terms)
-        except ValueError as error:
-            found[task] = Terms(error=f"another version of holdfast ({error})")
+    found = {0: _task_terms(config), **said}
     return judge(found, names=[f"task {task}" for task in range(len(found))]).refused
 
 
@@ -311,16 +365,19 @@ def ask_first(
     world: WorldInfo,
     config: RunConfig,
     *,
+    health: HealthReport | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[bytes, str]:
     """The answer of the first task, and this machine's address towards it.
 
+    Args:
+        health: the report on this node, if the run asks for one.
     Raises:
         ConfigError: the first task has not answered in time, or the run cannot begin.
     """
     there = f"{world.store_host}:{world.store_port}"
-    word = msgspec.json.encode(_task_terms(config))
+    word = msgspec.json.encode(TaskWord(_task_terms(config), health))
     waiting = Waiting(f"the first task at {there}", MEET_S, clock=clock)
 
     def asked(left_s: float) -> tuple[bytes, str]:

@@ -193,7 +193,11 @@ class _RunView:
     def event(self, line: dict[str, Any]) -> None:
         """Show an event."""
         name, note = line["event"], self.console.display.note
-        if name == "rank_lost":
+        if name == "node_refused":
+            note(f"node {line['node']} is not let in: {line['reason']}")
+        elif name == "machine_error":
+            note(f"node {line['node']}: {line['what']}")
+        elif name == "rank_lost":
             note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
             if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):
@@ -214,7 +218,9 @@ class _RunView:
         elif name == "checkpoint_failed":
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
-        elif name == "resume_note" or (name == "data_opened" and not line["step"]):
+        elif name in ("resume_note", "straggler", "wrong_computation") or (
+            name == "data_opened" and not line["step"]
+        ):
             note(line["message"])
         elif name == "step_skipped":
             note(line["reason"])

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from holdfast.elastic import (
 )
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
+from holdfast.launch.launchers.health_admission import admit_founders, report_of_this_node
 from holdfast.launch.launchers.interrupt import tell_interrupted
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import node_name, run_nodes, spread
+from holdfast.launch.machine_errors import MachineError, MachineRoots
 from holdfast.parallel.errors import ConfigError, Interrupted, Stopped
 from holdfast.parallel.files import machine_identity, scratch_folder
 from holdfast.parallel.links import given_secret, new_secret
@@ -43,6 +45,8 @@ from holdfast.trainer.run import (
 )
 
 logger = logging.getLogger("holdfast.agent")
+ROOTS = MachineRoots()
+"""Those of this machine."""
 LIGHTHOUSE_S = 60.0
 """Seconds that a start waits for the Lighthouse that `elastic.lighthouse` names."""
 
@@ -51,13 +55,16 @@ _AGREE_SHARE = 0.95
 """The share of `elastic.apart_s` after which a worker gives up, so that its own reason is told."""
 
 
-def run_elastic(config: RunConfig, run: RunDirectory) -> int:
+def run_elastic(config: RunConfig, run: RunDirectory, roots: MachineRoots = ROOTS) -> int:
     """Train on this machine, on `elastic.local_nodes` nodes. Returns the command's exit code.
 
     It is called in the main thread of a process without other threads.
 
+    Args:
+        roots: where the kernel tells of errors of this machine.
     Raises:
-        ConfigError: the run needs MPI, or another program answers instead of the Lighthouse.
+        ConfigError: the run needs MPI, another program answers instead of the Lighthouse, or this
+            node is sick.
         LighthouseAway: no Lighthouse answers.
     """
     if config.parallel.backend == "mpi":
@@ -71,6 +78,9 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     ranks = tuple(range(config.parallel.ranks))
     node = node_settings(config, run, token=uuid.uuid4().hex, secret=secret, ranks=ranks)
     node = replace(node, on_stranger=tells_of_strangers(run))
+    node = watching(node, run, roots)
+    if (report := report_of_this_node(config, run, node)) is not None:
+        admit_founders(run, node.membership.run, [report])
     memory = memory_root(run.root)
     display = start_display(config, run)
     try:
@@ -174,6 +184,32 @@ def tells_of_strangers(run: RunDirectory) -> Callable[[str], None]:
     def record(what: str) -> None:
         with contextlib.closing(EventFile(run.events)) as events:
             events.append("stranger_refused", what=what)
+
+    return record
+
+
+def watching(node: AgentSettings, run: RunDirectory, roots: MachineRoots) -> AgentSettings:
+    """The settings of an agent that looks for errors of its machine, if it is the first there."""
+    if node.first_local_rank:
+        return node
+    return replace(node, roots=roots, on_machine_errors=tells_of_errors(run, node.node))
+
+
+def tells_of_errors(run: RunDirectory, node: str) -> Callable[[Sequence[MachineError]], None]:
+    """A function that tells in the run's events of errors of a node's machine."""
+
+    def record(errors: Sequence[MachineError]) -> None:
+        with contextlib.closing(EventFile(run.events)) as events:
+            for error in errors:
+                events.append(
+                    "machine_error",
+                    node=node,
+                    kind=error.kind,
+                    device=error.device,
+                    count=error.count,
+                    what=str(error),
+                    serious=error.is_serious,
+                )
 
     return record
 

@@ -48,7 +48,8 @@ def node_name(ranks: Sequence[int]) -> str:
 def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
     """Divide a node's ranks in order among several nodes.
 
-    If there are fewer ranks than nodes, each rank gets a node.
+    If there are fewer ranks than nodes, each rank gets a node. The first one looks for errors of
+    the machine.
     """
     ranks = node.ranks
     nodes = min(nodes, len(ranks))
@@ -56,7 +57,8 @@ def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
         return [node]
     edges = [k * len(ranks) // nodes for k in range(nodes + 1)]
     shares = [ranks[a:b] for a, b in pairwise(edges)]
-    return [replace(node, ranks=share, node=node_name(share)) for share in shares]
+    first, *others = (replace(node, ranks=share, node=node_name(share)) for share in shares)
+    return [first, *(replace(other, roots=None) for other in others)]
 
 
 def run_nodes(

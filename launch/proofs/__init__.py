@@ -1,4 +1,4 @@
-"""Proofs of correct training: check, prove, replay, comparison of runs.
+"""Proofs of correct training: check, prove, replay, bisect, audit, comparison of runs.
 
 May import launch.agent, launch.launchers, trainer, checkpoint, elastic, parallel.errors,
 parallel.links, parallel.output, parallel.files and parallel.reading.

@@ -1,3 +1,13 @@
+from .audit_run import (
+    audit_run as audit_run,
+    describe_audit as describe_audit,
+)
+from .bisect_runs import (
+    bisect_runs as bisect_runs,
+)
+from .bisection_text import (
+    describe_bisection as describe_bisection,
+)
 from .check import (
     check_layout as check_layout,
     print_certificate as print_certificate,

@@ -7,8 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.launch.proofs.digest_comparison import divergence
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.output import content_of, json_lines, step_of
+from holdfast.trainer.reports import read_digests
 from holdfast.trainer.run import RunDirectory, read_events
 
 
@@ -18,7 +20,8 @@ class RunComparison:
 
     steps: int
     first_difference: int | None
-    """The first step with any different bit in loss or gradient norm; None if there is none."""
+    """The first step with any different bit in loss, gradient norm or digests; None if there is
+    none."""
     equal_parameters: bool
 
     @property
@@ -55,7 +58,13 @@ def compare_runs(run: RunDirectory, other: RunDirectory) -> RunComparison:
     """Losses, gradient norms and final parameters of two finished runs, bit by bit."""
     mine, others = bits_of(run.metrics), bits_of(other.metrics)
     differing = [s for s in sorted(mine.keys() | others.keys()) if mine.get(s) != others.get(s)]
-    return RunComparison(len(mine), next(iter(differing), None), _digest(run) == _digest(other))
+    digests = [
+        {line.digests.step: line.digests for line in read_digests(own.digests)}
+        for own in (run, other)
+    ]
+    if where := divergence(*digests):
+        differing.append(where.step)
+    return RunComparison(len(mine), min(differing, default=None), _digest(run) == _digest(other))
 
 
 def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:

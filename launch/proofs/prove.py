@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from holdfast.checkpoint.format import name_of
 from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
-from holdfast.launch.launchers import run_local
+from holdfast.launch.proofs.digest_comparison import Divergence, divergence
+from holdfast.launch.proofs.repeat import repeat_steps
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.files import scratch_folder
-from holdfast.parallel.output import write_whole
-from holdfast.trainer.config import convert_config, dump_toml, load_config
-from holdfast.trainer.run import RunRequest, opened_run
+from holdfast.trainer.config import convert_config
+from holdfast.trainer.reports import read_digests
+from holdfast.trainer.run import RunDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Proof:
 
     steps: tuple[int, int]
     difference: Difference
+    where: Divergence | None
+    """Where the run's digests, if it has any, part from those of the repetition."""
 
 
 def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[str] = ()) -> Proof:
@@ -40,25 +44,22 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
             f"{first} is of step {before.step} and {second} of step {after.step}; A must be the "
             "earlier"
         )
+    config = convert_config(after.config)
     with scratch_folder() as scratch:
-        source = scratch / "config.toml"
-        write_whole(source, dump_toml(convert_config(after.config)).encode())
-        config = load_config(
-            source,
-            [
-                *overrides,
-                f"train.stop_after={after.step}",
-                "checkpoint.every=0",
-                "checkpoint.path=",
-                "checkpoint.memory_every=0",
-            ],
+        again = repeat_steps(
+            config, first, after.step, scratch / "run", overrides, saved=False, other_run=False
         )
-        root = scratch / "run"
-        ranks = config.parallel.ranks
-        request = RunRequest(source, config, out=root, resume=str(first), world_size=ranks)
-        with opened_run(request) as opened:
-            code = run_local(opened.config, opened.directory, ranks)
-        if code != 0:
-            raise CheckpointError(f"repeating the steps ended with exit code {code}")
-        again = root / "checkpoints" / name_of(after.step)
-        return Proof((before.step, after.step), diff_checkpoints(again, second))
+        made = again.root / "checkpoints" / name_of(after.step)
+        return Proof(
+            (before.step, after.step), diff_checkpoints(made, second), _divergence(again, second)
+        )
+
+
+def _divergence(again: RunDirectory, second: PathOrUrl) -> Divergence | None:
+    """Where the digests of the run of a checkpoint part from those of its repetition."""
+    run = RunDirectory(Path(str(second)).parent.parent)
+    found, digests = (
+        {line.digests.step: line.digests for line in read_digests(own.digests)}
+        for own in (again, run)
+    )
+    return divergence(digests, found)

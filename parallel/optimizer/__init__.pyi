@@ -16,6 +16,7 @@ from .fence import (
     Fence as Fence,
 )
 from .kernels import (
+    ContributionDigests as ContributionDigests,
     operations_of as operations_of,
 )
 from .owned_state import (

@@ -8,7 +8,8 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from holdfast.parallel.optimizer.flat_values import FlatValues, one_piece
 from holdfast.parallel.optimizer.kernels import (
     NONFINITE as NONFINITE,
     OUT_OF_RANGE as OUT_OF_RANGE,
+    ContributionDigests,
     operations_of,
 )
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
@@ -99,6 +101,7 @@ class GradientAccumulator:
         self._left: dict[nn.Parameter, int] = {}
         """The number of gradients that a parameter is still offered in this step."""
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
+        self._watched: ContributionDigests | None = None
         self._scratch = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
         self._empty: set[nn.Parameter] = set()
         """The parameters whose sums are zero, whatever stands in `sums`."""
@@ -170,6 +173,40 @@ class GradientAccumulator:
     def skip(self, skipped: Skipped) -> None:
         """Add the gradients `skipped` not again, until `clear`."""
         self._skipped = skipped
+
+    def watch(self, digests: ContributionDigests | None) -> None:
+        """Have digests of one micro-batch's gradients taken from now on; None: of none."""
+        self._watched = digests
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Put the sums aside for the length of the block, which begins without any.
+
+        They are copied, so they are twice in memory.
+        """
+        kept = [values.clone() for values in self.sums.tensors]
+        flags, skipped, empty = self._flags.clone(), self._skipped, self._empty
+        included = {parameter: set(units) for parameter, units in self.included.items()}
+        self.clear()
+        try:
+            yield
+        finally:
+            for values, before in zip(self.sums.tensors, kept, strict=True):
+                values.copy_(before)
+            self._flags.copy_(flags)
+            self._skipped, self._empty, self.included = skipped, empty, included
+
+    @contextmanager
+    def _noted(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Note in digests what the block adds, if it is of the micro-batch that is watched."""
+        watched = self._watched
+        if watched is None or watched.micro_batch != self._micro_batch:
+            yield
+            return
+        sums = self._views[parameter]
+        before = watched.before(parameter, sums, first=parameter in self._empty)
+        yield
+        watched.after(parameter, sums, before)
 
     def begin_gradients(self, micro_batch: int) -> None:
         """Before a micro-batch's gradients."""
@@ -366,18 +403,19 @@ class GradientAccumulator:
             whole = torch.zeros(parameter.shape, dtype=gradient.dtype, device=gradient.device)
             self._share(self._micro_batch, parameter, whole.index_copy_(0, rows, gradient))
             return
-        if self._is_first(parameter):
-            self._views[parameter].zero_()
-        if not self.exact:
-            self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
-        else:
-            self._operations.accumulate_rows(
-                self._views[parameter],
-                rows.contiguous(),
-                gradient.contiguous(),
-                self.fraction_bits,
-                self._flags,
-            )
+        with self._noted(parameter):
+            if self._is_first(parameter):
+                self._views[parameter].zero_()
+            if not self.exact:
+                self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
+            else:
+                self._operations.accumulate_rows(
+                    self._views[parameter],
+                    rows.contiguous(),
+                    gradient.contiguous(),
+                    self.fraction_bits,
+                    self._flags,
+                )
 
     def add_kept(
         self, spans: Sequence[Span], gradient: Tensor, flags: Tensor, *, first: bool
@@ -428,8 +466,10 @@ class GradientAccumulator:
         return self._operations.sum_squares(gradient)
 
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        sums, first = self._views[parameter], self._is_first(parameter)
-        self._operations.accumulate(sums, gradient, self.fraction_bits, self._flags, first=first)
+        with self._noted(parameter):
+            sums, first = self._views[parameter], self._is_first(parameter)
+            bits, flags = self.fraction_bits, self._flags
+            self._operations.accumulate(sums, gradient, bits, flags, first=first)
 
 
 def _take_ordinary_gradient(

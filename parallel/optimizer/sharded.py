@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ from holdfast.parallel.optimizer.rules import MASTER, HeadFactors, ParameterGrou
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
 from holdfast.parallel.plan import BlockKey, Plan, shards, update_ends
+
+_MOST_ROWS = 1 << 14
+"""More than a layer's table of parameters has."""
+_PLACE_BITS = 40
+"""The bits of an element's place in its parameter, in the place that `bit_sums` weighs it by."""
 
 
 def routes_of_parameters(
@@ -194,6 +199,25 @@ class ShardedOptimizer:
             values = self.block_state(number)[MASTER]
             squares[self.slot(block.key)] = operations_of(values.device).sum_squares(values)
         return squares
+
+    def bit_sums(self, of: Literal["gradients", "parameters"], layers: int) -> list[int]:
+        """Of each layer, the weighted sum modulo 2**64 of the bits of the owned blocks. Local.
+
+        Added up over all ranks, it is that of the layer: the same in any layout with as many parts,
+        whatever the owners.
+
+        Args:
+            of: the reduced gradients, between reduce and update, or the parameters' master values.
+            layers: the layers of the model.
+        """
+        sums = [0] * layers
+        for number, (owned, gradients) in enumerate(self.owned_gradients()):
+            values = gradients if of == "gradients" else self.block_state(number)[MASTER]
+            block = owned.block
+            row = block.part * _MOST_ROWS + block.spec_index
+            first = (row << _PLACE_BITS) + block.row_start * owned.spec.row_elements
+            sums[block.layer] += operations_of(values.device).bit_sum(values, first)
+        return [total % 2**64 for total in sums]
 
     def restore(self, step: int) -> None:
         """Continue after `step` updates, once parameters and `state` have been filled. Local."""

@@ -17,6 +17,13 @@ from holdfast.parallel.pipeline.model_chunk import (
     WeightGradientRecord,
 )
 
+Watch = Callable[[Passage, Tensor, bool], None]
+"""Takes a passage, and what a chunk gives: its output (True) or its input's gradient (False)."""
+
+
+def _not_watched(passage: Passage, value: Tensor, forward: bool, /) -> None:
+    """Nothing looks at what a chunk gives."""
+
 
 @dataclass(slots=True)
 class _InputGradient:
@@ -63,18 +70,20 @@ class ModelChunkRunner:
         is_last: bool,
         context: Callable[[Passage], MicroBatchContext],
         before_gradients: Callable[[int], None] = lambda micro_batch: None,
+        watch: Watch = _not_watched,
     ) -> None:
         """Local.
 
         Args:
             context: returns a passage's context in the running step.
             before_gradients: called with the micro-batch before gradients of it are computed.
+            watch: called with what the chunk gives.
         """
         self.chunk = chunk
         self._is_last = is_last
         self._context = context
         device = next(chunk.parameters()).device
-        self._before_gradients = before_gradients
+        self._before_gradients, self._watch = before_gradients, watch
         self._loss_gradient = torch.ones((), dtype=torch.float64, device=device)
         self._root = torch.empty(0, device=device, requires_grad=True)
         self._gradients: dict[Passage, _InputGradient] = {}
@@ -99,6 +108,7 @@ class ModelChunkRunner:
         if context.training:
             self._gradients[passage] = gradient
             self._edges[passage] = get_gradient_edge(output)
+        self._watch(passage, output, True)
         if self._is_last:
             self._loss_gradient.fill_(context.loss_gradient)
             self.losses[passage] = output.detach()
@@ -141,4 +151,6 @@ class ModelChunkRunner:
         if grad_output is None:
             grad_output = self._loss_gradient.expand(self.losses[passage].shape)
         torch.autograd.backward(edge, grad_output)
+        if gradient.value is not None:
+            self._watch(passage, gradient.value, False)
         return gradient.value

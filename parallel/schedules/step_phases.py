@@ -38,11 +38,13 @@ FaultKind = Literal[
     "slow",
     "exit",
     "corrupt-memory",
+    "corrupt-compute",
     "cut",
     "fill-disk",
 ]
 """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. deadlock: a message is
 awaited that never comes. stuck-disk: a write does not end. slow: every later step takes longer.
-exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips. cut: the
-worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
+exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
+corrupt-compute: for a time, bits flip in the results of matrix products. cut: the worker's node
+reaches no other node. fill-disk: the checkpoints' disk is full."""
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

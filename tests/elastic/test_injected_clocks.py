@@ -96,6 +96,7 @@ def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector
             corrupt=lambda: done.append("corrupt"),
             cut=lambda seconds: done.append(("cut", seconds)),
             deadlock=lambda: done.append("deadlock"),
+            miscompute=lambda seconds: done.append(("miscompute", seconds)),
         ),
         disk=folder,
         signal_self=done.append,

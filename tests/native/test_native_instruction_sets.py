@@ -67,6 +67,10 @@ for count in (0, 1, 5, 16, 33, 1000, 5003):
             n.unpack_add_i64(packed.ctypes.data, size, 0, values.ctypes.data, count)
             digest.update(packed[:size].tobytes() + sums.tobytes() + bytes([flags]))
             digest.update(values.tobytes())
+        for width in (16, 32, 64):
+            whole = draw.integers(0, 2**width - 1, count + shift, dtype=f"uint{width}")[shift:]
+            total = getattr(n, f"bit_sum_{width}")(whole.ctypes.data, count, 2**63 + count)
+            digest.update(total.to_bytes(8, "little"))
         words = np.zeros(count + shift, np.uint32)[shift:]
         n.philox_uint32(words.ctypes.data, count, 7, 8, shift)
         crc = n.crc32c(words.ctypes.data, words.nbytes)

@@ -9,6 +9,11 @@ from .files import (
 from .layout_run import (
     run_layout as run_layout,
 )
+from .operations import (
+    OUTPUT as OUTPUT,
+    operations_file as operations_file,
+    recorded_operations as recorded_operations,
+)
 from .reference import (
     run_reference as run_reference,
 )

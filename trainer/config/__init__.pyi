@@ -33,6 +33,7 @@ from .sections import (
     ChaosConfig as ChaosConfig,
     NumericsConfig as NumericsConfig,
     RunConfig as RunConfig,
+    TrainConfig as TrainConfig,
 )
 from .suggestions import known_keys as known_keys
 from .vocabulary import too_few_ids as too_few_ids

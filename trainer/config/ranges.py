@@ -161,6 +161,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "startup_grace_s": Range(0, 366 * _DAY_S),
         "apart_s": _DURATION_S,
         "verify_every": _STEPS,
+        "audit_every": _STEPS,
         "local_nodes": Range(1, 2**20),
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
         "rank_memory_gib": _GIB,
@@ -169,7 +170,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "expert_steps": Range(1, _COUNT),
         "straggler_factor": Range(1, 1e6, is_open=True),
     },
-    "log": {"every": Range(1, _COUNT), "norms_every": _STEPS},
+    "log": {"every": Range(1, _COUNT), "norms_every": _STEPS, "digests_every": _STEPS},
 }
 """By section and key. A number without an entry must be finite: `data.eval_fraction`, which
 check_data_config checks, and the own key of an optimizer."""
@@ -242,6 +243,11 @@ def _other_ranges(config: RunConfig) -> Iterator[str]:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
     if config.train.eval_every and config.train.eval_batches < 1:
         yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
-    for step in config.log.trace_steps:
-        if not 1 <= step <= _COUNT:
-            yield f"log.trace_steps has {shown(step)}: steps are counted from 1"
+    for key, least, rule in (
+        ("trace_steps", 1, "steps are counted from 1"),
+        ("operation_steps", 1, "steps are counted from 1"),
+        ("operation_values", 0, "operations are counted from 0"),
+    ):
+        for number in getattr(config.log, key):
+            if not least <= number <= _COUNT:
+                yield f"log.{key} has {shown(number)}: {rule}"

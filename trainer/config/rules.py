@@ -401,6 +401,32 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
         yield f"parallel.blocks_per_chunk = {shown(given)}: numbers must not be negative"
 
 
+def _audits(config: RunConfig) -> Iterator[str]:
+    every, parallel = config.elastic.audit_every, config.parallel
+    if not every:
+        return
+    if config.numerics.reduction != "exact":
+        yield (
+            f"elastic.audit_every = {every} with numerics.reduction = 'fast': only exact sums have "
+            "the same bits on two ranks; set numerics.reduction = 'exact'"
+        )
+    if parallel.shard != "optimizer":
+        yield (
+            f"elastic.audit_every = {every} with parallel.shard = {parallel.shard!r}: a rank then "
+            "keeps no sums of its own to audit; set parallel.shard = 'optimizer'"
+        )
+    if parallel.expert > 1:
+        yield (
+            f"elastic.audit_every = {every} with parallel.expert = {parallel.expert}: experts add "
+            "gradients of other ranks' micro-batches; set parallel.expert = 1"
+        )
+    if parallel.data == 1:
+        yield (
+            f"elastic.audit_every = {every} with parallel.data = 1: no other rank can compute a "
+            "stage's micro-batch; use two replicas or more, three to name the wrong one surely"
+        )
+
+
 def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
     if elastic.enabled and (problem := elastic_problem("elastic.enabled = true")):
@@ -412,6 +438,7 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
             f"{elastic.heartbeat_timeout_ms}: the time-out must be at least three heartbeats"
         )
+    yield from _audits(config)
     if elastic.lighthouse and not _LIGHTHOUSE.fullmatch(elastic.lighthouse):
         yield (
             f"elastic.lighthouse = {shown(elastic.lighthouse)}: must be HOST:PORT or "

@@ -327,8 +327,12 @@ class ElasticConfig(Section, frozen=True):
     """Seconds without a part in the run after which a node ends."""
     respawn: bool = True
     verify_every: int = 100
+    audit_every: int = 0
+    """Steps between those in which a micro-batch is computed by two ranks and compared; 0: none."""
     local_nodes: int = 1
     lighthouse: str = ""
+    health: Literal["off", "start"] = "off"
+    """"start": each node is looked at before it takes part, and a sick one is refused."""
     activation_headroom: float = 0.3
     """The share by which activation memory may exceed the fullest rank's after a loss, to idle
     less."""
@@ -360,6 +364,17 @@ class LogConfig(Section, frozen=True):
     norms_every: int = 0
     """Steps between those whose norms of gradients and parameters, and sizes of outputs, are noted
     by layer; 0: none."""
+
+    operation_steps: list[int] = []
+    """Steps, counted from 1, whose operations are written with digests of their results."""
+    operation_values: list[int] = []
+    """Operations of these steps, by number, whose inputs and results are written whole."""
+    digests_every: int = 1
+    """Steps between lines of digests.jsonl, by which runs are compared bit by bit; 0: none."""
+
+    def has_digests(self, step: int) -> bool:
+        """Whether a step, counted from 0, has such a line. Pure."""
+        return bool(self.digests_every) and (step + 1) % self.digests_every == 0
 
     def has_norms(self, step: int) -> bool:
         """Whether a step, counted from 0, is one of these. Pure."""

@@ -15,7 +15,15 @@ import torch
 from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
-from holdfast.parallel.errors import ConfigError, Diverged, NotSaved, PeerLost, Stopped
+from holdfast.parallel.errors import (
+    ComputesWrongly,
+    ConfigError,
+    Diverged,
+    NotSaved,
+    PeerLost,
+    Stopped,
+    Undecided,
+)
 from holdfast.parallel.output import DiskWord
 from holdfast.parallel.plan import would_move_experts, would_move_layers
 from holdfast.parallel.reading import decode_json, read_regular
@@ -364,9 +372,12 @@ def _train(
         )
         try:
             loop.run()
-        except (NotSaved, Diverged):
+        except (NotSaved, Diverged, Undecided):
             # A new worker would train the same steps again, to the same end.
             membership.incurable()
+            raise
+        except ComputesWrongly:
+            membership.sick()
             raise
 
 

@@ -22,6 +22,7 @@ from holdfast.parallel.comm import STATE_TRANSFER
 from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
+from holdfast.trainer.elastic.flipped_products import FlippedProducts
 from holdfast.trainer.elastic.incidents import ChangeFiles, ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
@@ -35,7 +36,10 @@ logger = logging.getLogger("holdfast.elastic")
 
 
 class ElasticSession:
-    """Trains, compares and records as one worker. Call `go_on` first, and after each change."""
+    """Trains, compares and records as one worker. Call `go_on` first, and after each change.
+
+    Its attributes are the parts of a step, and what is to be recorded of a change.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class ElasticSession:
         """The digest of the state at the newest comparison since the last change."""
         self._heard: Sequence[MembershipEvent] = ()
         """The membership events that led to the last change."""
+        self._products = FlippedProducts()
         self._changes: list[ChangeRecord] = []
         """The changes since the last vote; recorders write theirs before they vote."""
         self._faults = FaultInjector(
@@ -63,13 +68,16 @@ class ElasticSession:
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
             asked=run.chaos,
             note=self._note_fault,
-            effects=FaultEffects(self._corrupt, membership.cut_off, self._deadlock),
+            effects=FaultEffects(
+                self._corrupt, membership.cut_off, self._deadlock, self._products.flip_for
+            ),
             disk=checkpoint_root(run.root, config),
         )
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
-        outcome = run_step(self._parts(), step, change=change, leave=leave)
+        with self._products:
+            outcome = run_step(self._parts(), step, change=change, leave=leave)
         self._membership.committed(step + 1)
         self._changes.clear()
         return outcome
@@ -199,7 +207,8 @@ class ElasticSession:
         assert self._training is not None
         assert self._reporter is not None
         saves = self._saves.current
-        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock)
+        trace = self._records.run.trace
+        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock, trace)
 
     def _note_fault(self, fault: Fault) -> None:
         fields = asdict(fault)

@@ -2,6 +2,11 @@ from . import trace as trace
 from .checkpoint_events import (
     SaveFailures as SaveFailures,
 )
+from .digests import (
+    StepDigests as StepDigests,
+    broken_links as broken_links,
+    read_digests as read_digests,
+)
 from .events import (
     EventFile as EventFile,
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.parallel.output import AppendedFile, Tail
+from holdfast.trainer.reports.digests import DigestFile, StepDigests
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.metrics import StepMetrics, drop_after, last_step
 from holdfast.trainer.reports.offload_metrics import scalars
@@ -15,6 +16,14 @@ from holdfast.trainer.run import RunDirectory
 
 _KEPT = 512
 """Steps that every rank keeps, to complete the records of a lost writer."""
+
+
+class _Step(NamedTuple):
+    """A committed step, for the files of the run."""
+
+    metrics: StepMetrics
+    extra: dict[str, float]
+    digests: StepDigests | None
 
 
 class RecordKeeper:
@@ -33,11 +42,12 @@ class RecordKeeper:
             first: the number of steps done already; records of later steps are dropped.
         """
         self._run, self._events, self._tensorboard = run, events, tensorboard
-        self._recent: deque[tuple[StepMetrics, dict[str, float]]] = deque(maxlen=_KEPT)
+        self._recent: deque[_Step] = deque(maxlen=_KEPT)
         self._written = first
         """The last step in the records."""
         self._metrics: AppendedFile | None = None
         self._scalars: ScalarFile | None = None
+        self._digests: DigestFile | None = None
         if writes:
             self._drop_after(first)
             self._open()
@@ -56,8 +66,8 @@ class RecordKeeper:
         """Begin or end to write. A new writer completes the records of the last one."""
         if writes and self._metrics is None:
             self._open()
-            for metrics, extra in tuple(self._recent):
-                self._write(metrics, extra)
+            for step in tuple(self._recent):
+                self._write(step)
         elif not writes:
             self.close()
 
@@ -71,14 +81,17 @@ class RecordKeeper:
         self._drop_after(step)
         self._open()
 
-    def step(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
+    def step(
+        self, metrics: StepMetrics, extra: dict[str, float], digests: StepDigests | None = None
+    ) -> None:
         """Record a committed step.
 
         Args:
             extra: further scalars for TensorBoard, by name.
+            digests: those of the step; None: it is none of those that have any.
         """
-        self._recent.append((metrics, extra))
-        self._write(metrics, extra)
+        self._recent.append(_Step(metrics, extra, digests))
+        self._write(self._recent[-1])
 
     def event(self, event: str, **fields: Any) -> None:
         """Record an event, on the writing rank."""
@@ -93,11 +106,15 @@ class RecordKeeper:
         if self._scalars is not None:
             self._scalars.close()
             self._scalars = None
+        if self._digests is not None:
+            self._digests.close()
+            self._digests = None
 
     def _drop_after(self, step: int) -> None:
         """Cut the records; a file that cannot be cut keeps its lines, which are not repeated."""
         with contextlib.suppress(OSError):
             drop_after(self._run.metrics, step)
+        DigestFile.forget_after(self._run.digests, step)
 
     def _open(self) -> None:
         """Begin to write after the last step in the records."""
@@ -105,12 +122,17 @@ class RecordKeeper:
         with contextlib.suppress(OSError):
             self._written = last_step(self._run.metrics)
 
-    def _write(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
+    def _write(self, step: _Step) -> None:
+        metrics = step.metrics
         if self._metrics is None or metrics.step <= self._written:
             return
+        if step.digests is not None:
+            if self._digests is None:
+                self._digests = DigestFile(self._run.digests, self._events.word)
+            self._digests.step(step.digests)
         self._metrics.append(metrics.line())
         if self._tensorboard:
-            self._write_scalars(metrics, extra)
+            self._write_scalars(metrics, step.extra)
         self._written = metrics.step
 
     def _write_scalars(self, metrics: StepMetrics, extra: dict[str, float]) -> None:

@@ -20,6 +20,7 @@ from holdfast.trainer.reports.checkpoint_events import (
     checkpoint_fields,
     describe_save,
 )
+from holdfast.trainer.reports.digests import StepDigests
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import StepMetrics, load_of
@@ -31,7 +32,7 @@ from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.step import Outcome, Training
+from holdfast.trainer.step import Outcome, Training, WrongComputation
 from holdfast.trainer.worlds import WorldInfo
 
 
@@ -135,7 +136,11 @@ class Reporter:
             self._records.event(
                 "evaluated", step=step + 1, set=name, loss=loss, loss_hex=loss.hex()
             )
-        self._records.step(metrics, extra)
+        digests = None
+        if outcome.bit_sums:
+            sums = tuple(zip(*outcome.bit_sums, strict=True))
+            digests = StepDigests(metrics.step, metrics.loss_hex, *sums)
+        self._records.step(metrics, extra, digests)
         if self._console is not None:
             self._console.step(metrics, memory_gib=memory_gib, mfu=mfu)
         elif self._records.waits:
@@ -234,6 +239,10 @@ class Reporter:
 
     def straggler(self, step: int, slow: Straggler) -> None:
         """Report a rank that is slower than others with the same work."""
+        message = (
+            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
+            f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
+        )
         self._records.event(
             "straggler",
             step=step,
@@ -241,11 +250,22 @@ class Reporter:
             phase=slow.phase,
             own_s=slow.own_s,
             usual_s=slow.usual_s,
+            message=message,
         )
-        self._note(
-            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
-            f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
+        self._note(message)
+
+    def computes_wrongly(self, step: int, wrong: WrongComputation) -> None:
+        """Record and show that an audit of a step, counted from 1, has found wrong results."""
+        self._records.event(
+            "wrong_computation",
+            step=step,
+            micro_batch=wrong.micro_batch,
+            ranks=wrong.ranks,
+            decided=wrong.decided,
+            what=wrong.what,
+            message=str(wrong),
         )
+        self._note(str(wrong))
 
     def skipped(self, step: int, outcome: Outcome, reason: str) -> None:
         """Record and show a step, counted from 0, that was not applied."""

@@ -109,7 +109,11 @@ def _refuse_another(run: RunDirectory, config: RunConfig) -> None:
 def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
     """Rename the records and checkpoints of a run that starts over. Returns notes on them."""
     run.journal.unlink(missing_ok=True)
-    moved = [set_aside(path).name for path in (run.metrics, run.events) if _has_content(path)]
+    moved = [
+        set_aside(path).name
+        for path in (run.metrics, run.digests, run.events)
+        if _has_content(path)
+    ]
     folder = checkpoint_root(run.root, config)
     if LocalStore(folder).folders():
         # A folder that the run was given, or that was moved to another disk, keeps its place.

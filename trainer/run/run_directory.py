@@ -42,6 +42,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def digests(self) -> Path:
+        """The digests of each step's loss, gradients and parameters, chained by hash."""
+        return self.root / "digests.jsonl"
+
+    @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
 
@@ -75,6 +80,11 @@ class RunDirectory:
     def terms(self) -> Path:
         """What the ranks of an elastic run train with; newcomers are held to it."""
         return self.root / "terms.json"
+
+    @property
+    def health(self) -> Path:
+        """What was found on the nodes that began an elastic run; newcomers are held to it."""
+        return self.root / "health.json"
 
     @property
     def incidents(self) -> Path:

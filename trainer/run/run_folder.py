@@ -35,7 +35,7 @@ from holdfast.trainer.run.run_directory import RUNS, RunDirectory
 
 _BESIDE = re.compile(
     r"\.lock|\.identity\.json-.*|checkpoints|logs|incidents|tensorboard|trace|events\.jsonl|"
-    r"metrics\.jsonl|rates\.json|superseded-.*"
+    r"metrics\.jsonl|digests\.jsonl|rates\.json|superseded-.*"
 )
 """Files that a person may copy into a new folder without the rest of a run."""
 
@@ -190,6 +190,10 @@ def open_run(
 
 def _tidied(run: RunDirectory) -> Iterator[str]:
     """Set lines of the records aside that are torn or foreign, and yield notes about them."""
-    for path, belongs in ((run.metrics, rising_steps()), (run.events, is_event)):
+    for path, belongs in (
+        (run.metrics, rising_steps()),
+        (run.digests, rising_steps()),
+        (run.events, is_event),
+    ):
         if note := set_foreign_lines_aside(path, belongs):
             yield note

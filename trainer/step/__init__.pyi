@@ -1,5 +1,5 @@
-from .ballot import (
-    by_slice as by_slice,
+from .audit import (
+    WrongComputation as WrongComputation,
 )
 from .build import (
     UNKNOWN_MEMORY as UNKNOWN_MEMORY,
@@ -21,6 +21,9 @@ from .evaluation import (
     mean_held_out_loss as mean_held_out_loss,
     open_validation as open_validation,
 )
+from .micro_batches import (
+    training_batch as training_batch,
+)
 from .partial_sums import (
     Included as Included,
     RankInputs as RankInputs,
@@ -40,14 +43,6 @@ from .planning import (
     room_of as room_of,
     shadows_in_host_memory as shadows_in_host_memory,
 )
-from .progress import (
-    AtPhase as AtPhase,
-    Outcome as Outcome,
-    RecentSteps as RecentSteps,
-    Requests as Requests,
-    StepProgress as StepProgress,
-    no_hook as no_hook,
-)
 from .saved_tensors import (
     renumbered as renumbered,
     saved_tensors as saved_tensors,
@@ -61,4 +56,13 @@ from .state_views import (
 )
 from .training import (
     Training as Training,
+)
+from .vote import (
+    AtPhase as AtPhase,
+    Outcome as Outcome,
+    RecentSteps as RecentSteps,
+    Requests as Requests,
+    StepProgress as StepProgress,
+    by_slice as by_slice,
+    no_hook as no_hook,
 )

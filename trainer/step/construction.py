@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.parallel.comm import Groups
 from holdfast.parallel.context_parallel import ContextParallel
@@ -290,14 +291,20 @@ def new_runners(
     *,
     context: Callable[[Passage], MicroBatchContext],
     before_gradients: Callable[[int], None],
+    watch: Callable[[int, Passage, Tensor, bool], None],
 ) -> dict[int, ModelChunkRunner]:
-    """The runner of each chunk. The arguments are those of `ModelChunkRunner`."""
+    """The runner of each chunk. The arguments are those of `ModelChunkRunner`.
+
+    Args:
+        watch: that of each, with the number of its chunk before.
+    """
     return {
         index: ModelChunkRunner(
             chunk,
             is_last=index == last_chunk,
             context=context,
             before_gradients=before_gradients,
+            watch=partial(watch, index),
         )
         for index, chunk in model.chunks.items()
     }

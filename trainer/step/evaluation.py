@@ -8,8 +8,12 @@ from torch import Tensor
 
 from holdfast.trainer.config import HELD_OUT, RunConfig, validation_data
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.step.ballot import SliceLosses, loss_slots, mean_loss
 from holdfast.trainer.step.construction import open_split
+from holdfast.trainer.step.vote import (
+    SliceLosses,
+    loss_slots,
+    mean_loss,
+)
 
 
 def evaluates_after(config: RunConfig, step: int) -> bool:

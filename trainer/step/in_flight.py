@@ -15,9 +15,7 @@ from holdfast.parallel.optimizer import Segment
 from holdfast.parallel.pipeline import ExpertInputs, ExpertTeam, TokensKey
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
-from holdfast.trainer.step.ballot import Losses, SliceLosses, by_slice
 from holdfast.trainer.step.construction import ModelParts
-from holdfast.trainer.step.notes import Notes
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
@@ -25,6 +23,12 @@ from holdfast.trainer.step.partial_sums import (
     InterruptedStep,
     ParameterKey,
     RankInputs,
+)
+from holdfast.trainer.step.vote import (
+    Losses,
+    Notes,
+    SliceLosses,
+    by_slice,
 )
 
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
@@ -86,6 +90,10 @@ class StepInFlight:
         self._own_losses, self._own_notes = {}, Notes()
         self._accumulator.clear()
         return False
+
+    def resumes(self, step: int) -> bool:
+        """Whether the sums of an interrupted step are continued when `step` begins."""
+        return self._interrupted.step == step
 
     def release(self) -> None:
         """Free the memory of the sums and of inputs until `begin`, and forget them."""

@@ -11,15 +11,29 @@ import torch
 from holdfast.parallel.comm import FlightRecorder
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.pipeline import Batch, ExpertTeam, MicroBatchContext, Passage
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, TrainConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.step.notes import Notes
+from holdfast.trainer.step.vote import (
+    Notes,
+)
 
 
 def reads_batches(config: RunConfig, chunks: Iterable[int], last_chunk: int) -> bool:
     """Whether a rank with these chunks reads batches: for tokens, targets, or documents."""
     has_documents = config.data.packing != "concatenated" or bool(config.train.length_ramp)
     return has_documents or not {0, last_chunk}.isdisjoint(chunks)
+
+
+def training_batch(train: TrainConfig, data: Dataset, step: int, micro_batch: int) -> Batch:
+    """The sequences of a micro-batch of a training step, counted from 0, on the CPU. Local."""
+    size = train.micro_batch
+    if train.batch_ramp:  # as the only one of a step of its own size
+        unit = train.samples_before(step) // size + micro_batch
+        read = data.batch(unit, 0, global_batch=size, micro_batch_size=size)
+    else:
+        read = data.batch(step, micro_batch, global_batch=train.global_batch, micro_batch_size=size)
+    length = train.length_of(step)
+    return read.cut(length) if length < train.seq_len else read
 
 
 class _Known(NamedTuple):
@@ -105,36 +119,24 @@ class MicroBatches:
     def _read(self, micro_batch: int) -> Batch | None:
         if self._device is None:
             return None
-        size = self._config.train.micro_batch
         with self._reading():
-            if self._is_ramped:  # as the only one of a step of its own size
-                unit = self._first_unit + micro_batch
-                read = self._data.batch(unit, 0, global_batch=size, micro_batch_size=size)
+            if self.training:
+                read = training_batch(self._config.train, self._data, self.step, micro_batch)
             else:
-                batch = self._config.train.global_batch
-                read = self._data.batch(
-                    self.step, micro_batch, global_batch=batch, micro_batch_size=size
-                )
-            length = self._config.train.length_of(self.step)
-            if self.training and length < self._config.train.seq_len:
-                read = read.cut(length)
+                train = self._config.train
+                sizes = {
+                    "global_batch": train.global_batch,
+                    "micro_batch_size": train.micro_batch,
+                }
+                read = self._data.batch(self.step, micro_batch, **sizes)
         return read.to(self._device)
-
-    @property
-    def _is_ramped(self) -> bool:
-        """Whether steps have batches of different sizes."""
-        return bool(self._config.train.batch_ramp) and self.training
-
-    @property
-    def _first_unit(self) -> int:
-        """The number of micro-batches of all steps before this one."""
-        return self._config.train.samples_before(self.step) // self._config.train.micro_batch
 
     def _predicted(self) -> int:
         train = self._config.train
-        if not self._is_ramped:
+        if not (train.batch_ramp and self.training):
             return self._data.predicted(self.step, global_batch=train.global_batch)
-        first, count = self._first_unit, train.batch_of(self.step) // train.micro_batch
+        first = train.samples_before(self.step) // train.micro_batch
+        count = train.batch_of(self.step) // train.micro_batch
         return sum(
             self._data.predicted(unit, global_batch=train.micro_batch)
             for unit in range(first, first + count)

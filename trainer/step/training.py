@@ -7,7 +7,7 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
@@ -32,18 +32,12 @@ from holdfast.parallel.optimizer import (
     head_factors,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
-from holdfast.parallel.plan import Plan, evaluation_program, shards
+from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
-from holdfast.trainer.step.ballot import (
-    BallotFormat,
-    Losses,
-    SliceLosses,
-    by_slice,
-    loss_slots,
-)
+from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -54,6 +48,7 @@ from holdfast.trainer.step.construction import (
     new_runners,
     new_shadows,
     open_split,
+    prepared,
 )
 from holdfast.trainer.step.digest import parameter_digest
 from holdfast.trainer.step.evaluation import (
@@ -63,20 +58,31 @@ from holdfast.trainer.step.evaluation import (
 )
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
-from holdfast.trainer.step.notes import Logits, by_layer, largest_of, packed, place_of
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import Included, Inputs, RankInputs
 from holdfast.trainer.step.programs import StepPrograms
-from holdfast.trainer.step.progress import (
+from holdfast.trainer.step.state_views import TrainingState, block_numbers
+from holdfast.trainer.step.vote import (
     NO_REQUESTS,
     AtPhase,
+    BallotFormat,
+    Logits,
+    Losses,
+    Notes,
     Outcome,
     Requests,
+    SliceLosses,
     StepProgress,
+    by_layer,
+    by_slice,
+    judged,
+    largest_of,
+    loss_slots,
     no_hook,
+    packed,
+    place_of,
+    words_of,
 )
-from holdfast.trainer.step.spikes import judged
-from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
 
 class Training:
@@ -130,10 +136,8 @@ class Training:
         team = None if before is None else before._team
         self._team = expert_team(config, plan, rank, groups, team)
         self._programs = StepPrograms(plan, rank, self.model, self._team)
-        begun = self.progress.decided
-        self._in_flight = StepInFlight(
-            plan, rank, self.model, self._programs.whole[0], begun, self._team
-        )
+        begun, program = self.progress.decided, self._programs.whole[0]
+        self._in_flight = StepInFlight(plan, rank, self.model, program, begun, self._team)
         last = len(plan.placement) - 1
         self._micro_batches = MicroBatches(
             config,
@@ -144,16 +148,30 @@ class Training:
             recorder=groups.recorder,
             experts=self._team,
         )
+        self._audits = self._new_audits()
         self._runners = new_runners(
             self.model,
             last,
             context=self._micro_batches.context,
             before_gradients=self._in_flight.before_gradients,
+            watch=self._audits.watch.see,
         )
         self.executor = new_executor(
             config, self._runners, plan, rank, groups, device, self.offloader
         )
         self._start(begun, self.data, training=True)
+
+    def _new_audits(self) -> StepAudits:
+        config = self.config
+        return StepAudits(
+            self.plan,
+            self.rank,
+            self.model,
+            self.groups.control,
+            self._compute_apart,
+            seed=config.train.seed,
+            every=config.elastic.audit_every,
+        )
 
     def _new_offloader(self) -> Offloader | None:
         # Of the training, which later plans do not keep, it holds nothing.
@@ -283,6 +301,9 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
+        if self._audits.is_due(step) and not self._in_flight.resumes(step):
+            self._in_flight.begin(step, lambda: None)
+            self._audits.begin(step, self._micro_batches_of(step))
         only, lost = self._only_of(step), list[LostGradient]()
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
@@ -297,6 +318,39 @@ class Training:
                 return self.executor.run(*self._programs.of(only))
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
+
+    def _compute_apart(self, plan: Plan, begun: bool) -> None:
+        """Run the program of a plan without effect on the step.
+
+        Args:
+            begun: whether the step has sums already.
+        """
+        micro_batches, notes = self._micro_batches, self._micro_batches.notes
+        losses = {index: dict(runner.losses) for index, runner in self._runners.items()}
+        micro_batches.notes = Notes()
+        program_of = partial(training_program, plan)
+        aside = self.accumulator.aside() if begun else nullcontext()
+        with aside, self._layers_of(program_of):
+            self.executor.run(*prepared(self.rank, program_of))
+        micro_batches.notes = notes
+        for index, runner in self._runners.items():
+            runner.losses.clear()
+            runner.losses.update(losses[index])
+
+    def audit(self) -> WrongComputation | None:
+        """Between reduce and vote: whether a rank has computed wrongly. Collective over all ranks.
+
+        See `StepAudits`. If it is known which rank does, sums of this step with micro-batches that
+        have passed that rank are forgotten, so that they are computed again without it.
+        """
+        wrong = self._audits.finish()
+        if (
+            wrong is not None
+            and wrong.decided
+            and passes_through(self.plan, self.rank, wrong.ranks)
+        ):
+            self.accumulator.clear()
+        return wrong
 
     @contextmanager
     def _layers_of(
@@ -427,6 +481,7 @@ class Training:
             place = place_of(self.plan, self.rank)
             outputs = packed(notes.outputs, len(self.plan.layers) - 1, *place)
         experts = (len(self.plan.layers), experts_of(self.config.model))
+        bit_sums = self._bit_sums() if self.config.log.has_digests(self._in_flight.step) else None
         ballot = BallotFormat(
             self.optimizer.slots,
             len(slots),
@@ -434,9 +489,12 @@ class Training:
             experts,
             (len(outputs), outputs.shape[1]),
             kinds,
+            0 if bit_sums is None else len(self.plan.layers),
         )
         logits = self._largest_logits(notes.logits)
-        summed = ballot.pack(squares, slots, flags, requests, parameters, notes.loads, outputs)
+        summed = ballot.pack(
+            squares, slots, flags, requests, parameters, notes.loads, outputs, bit_sums
+        )
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
         outcome = replace(outcome, logits=logits)
@@ -448,6 +506,12 @@ class Training:
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
+
+    def _bit_sums(self) -> Tensor:
+        count = len(self.plan.layers)
+        with self.busy("compare"):
+            gradients = self.optimizer.bit_sums("gradients", count)
+            return words_of(gradients, self.optimizer.bit_sums("parameters", count))
 
     def _largest_logits(self, noted: Logits) -> tuple[tuple[float, ...], ...]:
         """The largest logit of each head, as of `Outcome.logits`. Collective over all ranks.

@@ -23,6 +23,8 @@ OF_A_MACHINE = (
     "log.every",
     "log.tensorboard",
     "log.trace_steps",
+    "log.operation_steps",
+    "log.operation_values",
     "data.path",
     "data.tokenizer",
     "data.validation",

@@ -18,6 +18,8 @@ _ACCUMULATE_ROWS = {
     torch.float64: _native.accumulate_rows_f64,
 }
 
+_BIT_SUMS = {2: _native.bit_sum_16, 4: _native.bit_sum_32, 8: _native.bit_sum_64}
+
 
 def _widened(gradient: Tensor) -> Tensor:
     """A gradient of a dtype that has a kernel; float32 holds the values of all narrower types."""
@@ -73,6 +75,11 @@ def sum_squares(values: Tensor) -> float:
     double = values.dtype == torch.float64
     kernel = _native.sum_squares_f64 if double else _native.sum_squares_f32
     return kernel(values.data_ptr(), values.numel())
+
+
+def bit_sum(values: Tensor, first: int) -> int:
+    """See `SumOperations.bit_sum`."""
+    return _BIT_SUMS[values.element_size()](values.data_ptr(), values.numel(), first % 2**64)
 
 
 def pack(sums: Tensor, output: Tensor) -> int:

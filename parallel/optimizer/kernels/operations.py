@@ -64,6 +64,17 @@ class SumOperations(Protocol):
         """Add up the squares of float32 or float64 values, in float64."""
         ...
 
+    def bit_sum(self, values: Tensor, first: int, /) -> int:
+        """The weighted sum modulo 2**64 of the values' bits; see `bit_sum_16` in csrc/_native.pyi.
+
+        Sums of disjoint ranges of places add up to that of all.
+
+        Args:
+            values: of 2, 4 or 8 bytes each.
+            first: the place of the first one.
+        """
+        ...
+
     def pack(self, sums: Tensor, output: Tensor, /) -> int:
         """Write `sums` to `output` without the bytes that only repeat the sign.
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from holdfast.parallel.optimizer.kernels import native_operations
 from holdfast.parallel.optimizer.kernels.operations import NONFINITE, OUT_OF_RANGE
 
+_ODD = 0x9E3779B97F4A7C15
+_AT_ONCE = 1 << 22
+"""The elements whose weights are in memory at once."""
+
 
 def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
     """The int64 fixed-point form of `gradient`.
@@ -73,6 +77,26 @@ def convert(sums: Tensor, output: Tensor, fraction_bits: int) -> float:
 def sum_squares(values: Tensor) -> float:
     """See `SumOperations.sum_squares`."""
     return float(values.double().square().sum())
+
+
+def bit_sum(values: Tensor, first: int) -> int:
+    """See `SumOperations.bit_sum`."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    flat, total = values.reshape(-1).view(integers), 0
+    mask = (1 << 8 * values.element_size()) - 1
+    for start in range(0, flat.numel(), _AT_ONCE):
+        words = flat[start : start + _AT_ONCE].long()
+        if values.element_size() < 8:
+            words &= mask
+        places = torch.arange(len(words), device=words.device)
+        begin = _signed((first + start) * _ODD)
+        total += int((words * ((places * _signed(_ODD) + begin) | 1)).sum())
+    return total % 2**64
+
+
+def _signed(value: int) -> int:
+    """A number modulo 2**64, as int64 has it."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def pack(sums: Tensor, output: Tensor) -> int:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from holdfast.parallel.optimizer.kernels import torch_operations
 from holdfast.parallel.optimizer.kernels.triton_launch import launch, programs
 from holdfast.parallel.optimizer.kernels.triton_packing import (
     pack as pack,
@@ -229,6 +230,11 @@ def add_integers(sums: Tensor, other: Tensor) -> int:
     flags = torch.zeros((), dtype=torch.int64, device=sums.device)
     launch(_add_integers, (programs(count, BLOCK),), sums, other, flags, count, BLOCK=BLOCK)
     return int(flags)
+
+
+def bit_sum(values: Tensor, first: int) -> int:
+    """See `SumOperations.bit_sum`."""
+    return torch_operations.bit_sum(values, first)
 
 
 def convert(sums: Tensor, output: Tensor, fraction_bits: int) -> float:

@@ -25,7 +25,7 @@ from holdfast.trainer.elastic.worker_status import (
     status_to_data,
 )
 from holdfast.trainer.step import plan_of
-from holdfast.trainer.step.progress import Outcome, Requests, StepProgress
+from holdfast.trainer.step.vote.progress import Outcome, Requests, StepProgress
 
 STEPS = 6
 CONFIG = """

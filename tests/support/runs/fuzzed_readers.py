@@ -24,6 +24,8 @@ from holdfast.elastic.membership_events import (
     event_to_data,
 )
 from holdfast.elastic.roll import Roll, RunEnd
+from holdfast.launch.health.admission import WrittenHealth, read_health, require_health
+from holdfast.launch.health.report import Check, HealthReport
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way
 from holdfast.launch.report import found_in, report_lines
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, parse_record
@@ -51,7 +53,7 @@ from holdfast.trainer.run.run_directory import (
     told_run,
     write_error,
 )
-from holdfast.trainer.step.progress import Outcome
+from holdfast.trainer.step.vote.progress import Outcome
 from support.runs.plans import first_plan
 
 
@@ -198,6 +200,10 @@ def file_readers(folder: Path) -> dict[str, Reader]:
         "error of a rank": Reader(
             reading(run.error(0), lambda: read_error(run, 0)), (run.error(0).read_bytes(),)
         ),
+        "health": Reader(
+            reading(run.health, lambda: require_health([_NEW], read_health(run, "token"))),
+            (msgspec.json.encode(WrittenHealth("token", (_NODE, _NODE))),),
+        ),
         "identity": Reader(
             reading(folder / IDENTITY, lambda: read_identity(folder)),
             (msgspec.json.encode(identity),),
@@ -260,11 +266,19 @@ def _report(run: RunDirectory) -> object:
     return lines
 
 
+_NODE = HealthReport(
+    "a", (Check("rate", 2.5, "GFLOP/s", "least", limit=1.75), Check("bits", "ab", "", "equal"))
+)
+
+
+_NEW = HealthReport("b", _NODE.checks)
+
+
 def _asked(path: Path) -> None:
     def never(*_: object) -> None:
         return None
 
-    effects = FaultEffects(corrupt=lambda: None, cut=never, deadlock=lambda: None)
+    effects = FaultEffects(corrupt=lambda: None, cut=never, deadlock=lambda: None, miscompute=never)
     injector = FaultInjector(5, 0, (), asked=path, note=never, effects=effects, disk=path.parent)
     injector._position = 0  # as if all of it was asked for after the start
     injector.at(1, "compute")

@@ -21,9 +21,9 @@ from holdfast.trainer.elastic.worker_status import (
     status_from_data,
     status_to_data,
 )
-from holdfast.trainer.step.ballot import layer_norms
-from holdfast.trainer.step.notes import Outputs, TokensOutput, output_of, packed, sizes
-from holdfast.trainer.step.progress import Outcome
+from holdfast.trainer.step.vote.ballot import layer_norms
+from holdfast.trainer.step.vote.notes import Outputs, TokensOutput, output_of, packed, sizes
+from holdfast.trainer.step.vote.progress import Outcome
 from holdfast.trainer.terms.terms import config_terms
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, fault

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE
-from holdfast.trainer.step.ballot import FLAGS, MARKS, REQUESTS, BallotFormat, loss_slots
-from holdfast.trainer.step.progress import NO_REQUESTS, Requests
+from holdfast.trainer.step.vote.ballot import FLAGS, MARKS, REQUESTS, BallotFormat, loss_slots
+from holdfast.trainer.step.vote.progress import NO_REQUESTS, Requests
 
 FORMAT = BallotFormat(squares=3, losses=2)
 

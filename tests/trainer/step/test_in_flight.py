@@ -18,11 +18,11 @@ from holdfast.parallel.pipeline import Passage
 from holdfast.parallel.plan import Plan, Roster, replan, training_program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.config.loading import convert_config
-from holdfast.trainer.step.ballot import by_slice
 from holdfast.trainer.step.construction import ModelParts, new_chunks
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.partial_sums import keeps_sums
 from holdfast.trainer.step.planning import plan_of
+from holdfast.trainer.step.vote.ballot import by_slice
 
 CONFIG = convert_config(
     {

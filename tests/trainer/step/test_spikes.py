@@ -16,8 +16,8 @@ from holdfast.parallel.errors import CheckpointError, Diverged
 from holdfast.trainer.config.sections import NumericsConfig
 from holdfast.trainer.loop import end_divergence, refuse
 from holdfast.trainer.saves.checkpoint_loading import recent_from_data, recent_to_data
-from holdfast.trainer.step.progress import Outcome, RecentSteps, StepProgress
-from holdfast.trainer.step.spikes import judged
+from holdfast.trainer.step.vote.progress import Outcome, RecentSteps, StepProgress
+from holdfast.trainer.step.vote.spikes import judged
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.small_runs import events_of, make_config, metrics_of, run_training

@@ -79,6 +79,10 @@ class Outcome:
     """Of each layer, the largest logit of each head in the step, empty where it has no attention;
     empty: they were not asked for, or are not finite."""
 
+    bit_sums: tuple[tuple[int, int], ...] = ()
+    """Of each layer, the weighted sums modulo 2**64 of the bits of its gradients before clipping
+    and of its parameters before the update; empty: they were not asked for."""
+
     @property
     def has_numbers(self) -> bool:
         """Whether the loss and norm are those of a sound step, which is applied or is a spike."""

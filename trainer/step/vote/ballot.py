@@ -2,8 +2,9 @@
 
 The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
 in its slot, and one count per entry of `MARKS`; in steps whose norms are noted (log.norms_every)
-then the square sums of the blocks' parameters, and the sizes of layers' outputs (notes.py). One
-rank fills a slot and all others have zero there, or all have whole numbers, so sums are exact.
+then the square sums of the blocks' parameters, and the sizes of layers' outputs (notes.py); in
+steps whose digests are written (log.digests_every) the words of sums of bits. One rank fills a slot
+and all others have zero there, or all have whole numbers, so sums are exact.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
 from holdfast.parallel.pipeline import Passage
-from holdfast.trainer.step.notes import Loads, sizes
-from holdfast.trainer.step.progress import Outcome, Requests
+from holdfast.trainer.step.vote.notes import Loads, sizes
+from holdfast.trainer.step.vote.progress import Outcome, Requests
 
 Losses = Mapping[Passage, Tensor]
 """The loss sums of what has passed the last chunk: float64[own slices], or a scalar for the only
@@ -33,6 +34,9 @@ REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
 """The fields of `Requests`, each of which is a mark."""
 MARKS = (*FLAGS, *REQUESTS)
 """The order of the counts at the end of the tensor: the wire format of the vote."""
+_WORDS = 4
+"""The words of 16 bits in which a sum modulo 2**64 is told: of as many as 2**37 ranks, their sums
+are exact in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class BallotFormat:
     """In a step whose norms are noted, the layers with outputs, and the numbers of each."""
     kinds: int = 1
     """The losses of each slice."""
+    digested: int = 0
+    """In a step whose digests are written, the layers of the model."""
 
     def pack(
         self,
@@ -62,9 +68,10 @@ class BallotFormat:
         parameters: Tensor | None = None,
         loads: Loads | None = None,
         outputs: Tensor | None = None,
+        bit_sums: Tensor | None = None,
     ) -> Tensor:
         """This rank's tensor: float64[squares + losses + len(MARKS)], `squares` and `outputs` more
-        for norms, and one for each expert of each layer.
+        for norms, `bit_sums` for digests, and one for each expert of each layer.
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
@@ -73,6 +80,7 @@ class BallotFormat:
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
             loads: those that this rank reports.
             outputs: float64[outputs], in a step whose norms are noted.
+            bit_sums: `words_of` this rank's, in a step whose digests are written.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
         marks |= {name: getattr(requests, name) for name in REQUESTS}
@@ -80,7 +88,8 @@ class BallotFormat:
         of_experts = torch.zeros(self.experts, dtype=torch.float64)
         for key, load in (loads or {}).items():
             of_experts[key.layer] += load.to(of_experts)
-        norms = [noted.flatten() for noted in (parameters, outputs) if noted is not None]
+        further = (parameters, outputs, bit_sums)
+        norms = [noted.flatten() for noted in further if noted is not None]
         return torch.cat([squares, losses, counts, *norms, of_experts.flatten()])
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
@@ -96,6 +105,7 @@ class BallotFormat:
         parameters = rest[self.losses + len(MARKS) :][:asked]
         noted = self.squares + self.losses + len(MARKS) + asked
         outputs = summed[noted : noted + prod(self.outputs)].view(self.outputs)
+        words = rest[noted - self.squares + prod(self.outputs) :][: 2 * _WORDS * self.digested]
         means = [
             mean_loss(rest[kind : self.losses : self.kinds], tokens) for kind in range(self.kinds)
         ]
@@ -112,7 +122,29 @@ class BallotFormat:
             layer_outputs=sizes(outputs),
             loads=tuple(map(tuple, loads.tolist())) if self.experts[1] else (),
             further_losses=tuple(means[1:]) if finite else (),
+            bit_sums=tuple(zip(*sums_of(words, self.digested), strict=True)),
         )
+
+
+def words_of(gradients: Sequence[int], parameters: Sequence[int]) -> Tensor:
+    """Sums modulo 2**64 of each layer in words that can be added in floats. Pure.
+
+    Returns:
+        float64[2 * 4 * layers]: those of gradients, then those of parameters, 16 bits each.
+    """
+    numbers = [*gradients, *parameters]
+    words = [[number >> 16 * place & 0xFFFF for place in range(_WORDS)] for number in numbers]
+    return torch.tensor(words, dtype=torch.float64).flatten()
+
+
+def sums_of(words: Sequence[float], layers: int) -> tuple[list[int], list[int]]:
+    """The sums modulo 2**64 of gradients and parameters by layer, from added words. Pure."""
+    numbers = [
+        sum(int(word) << 16 * place for place, word in enumerate(words[first : first + _WORDS]))
+        % 2**64
+        for first in range(0, len(words), _WORDS)
+    ]
+    return numbers[:layers], numbers[layers:]
 
 
 def layer_norms(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from holdfast.trainer.config import NumericsConfig
-from holdfast.trainer.step.progress import Outcome, RecentSteps
+from holdfast.trainer.step.vote.progress import Outcome, RecentSteps
 
 _FEWEST_STEPS = 2
 """Fewer have no standard deviation."""

@@ -1,0 +1,167 @@
+"""Steps of a run, trained again from a checkpoint in a folder of their own. Starts workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import msgspec
+
+from holdfast.checkpoint.format import step_of
+from holdfast.checkpoint.stores import LocalStore, PathOrUrl
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.output import write_whole
+from holdfast.trainer.config import (
+    RunConfig,
+    convert_config,
+    dump_toml,
+    flat_keys,
+    load_config,
+)
+from holdfast.trainer.reports import StepDigests, read_digests
+from holdfast.trainer.run import RunDirectory, checkpoint_root
+
+_ALONE = (
+    *(f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "data", "context", "expert")),
+    "parallel.virtual=1",
+    "parallel.schedule=1f1b",
+    "parallel.stretches=1",
+    "parallel.blocks_per_chunk=[]",
+    "parallel.expert_replicas=1",
+    "parallel.shard=optimizer",
+    "parallel.shard_group=0",
+    "parallel.backend=auto",
+    "offload.activations=none",
+)
+"""The layout of one process."""
+_APART = (
+    "elastic.enabled=false",
+    "elastic.chaos=[]",
+    "checkpoint.path=",
+    "checkpoint.memory_every=0",
+    "checkpoint.every_seconds=0",
+    "checkpoint.keep=0",
+    "checkpoint.keep_best=0",
+    "log.tensorboard=false",
+    "log.trace_steps=[]",
+    "log.digests_every=1",
+    "train.eval_every=0",
+)
+"""What keeps the repetition from all that is outside of its folder, and has every step digested."""
+
+
+def alone(config: RunConfig) -> list[str]:
+    """The keys that lay a run out on one process with the same bits, as far as there is a promise.
+
+    In fast mode bits depend on the layout, which then stays.
+    """
+    if config.numerics.reduction != "exact":
+        return []
+    return [*_ALONE, f"numerics.tensor_shards={config.tensor_parts}"]
+
+
+def recorded_config(run: RunDirectory) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: the folder is none of a run.
+    """
+    if not run.config.is_file():
+        raise ConfigError(f"{run.root} has no config.toml, so it is not the folder of a run")
+    return load_config(run.config, [])
+
+
+def digests_of(run: RunDirectory) -> dict[int, StepDigests]:
+    """The digests of a run's steps.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    found = {line.digests.step: line.digests for line in read_digests(run.digests)}
+    if not found:
+        raise ConfigError(
+            f"{run.root} has no digests.jsonl with steps, by which runs are compared; train with "
+            "log.digests_every = 1"
+        )
+    return found
+
+
+def config_of_step(run: RunDirectory, config: RunConfig, step: int) -> tuple[RunConfig, int | None]:
+    """The configuration by which a run made a step, counted from 1, as its checkpoints tell.
+
+    Args:
+        config: that of its folder, which is of its newest start.
+    Returns:
+        The configuration, and the last step for which it is known to hold; None: it holds from
+        here on.
+    """
+    store = LocalStore(checkpoint_root(run.root, config))
+    for name in store.names():
+        found = step_of(name)
+        if found is not None and found >= step:
+            saved = store.manifest(name).config
+            return (convert_config(saved) if saved else config), found
+    return config, None
+
+
+def newest_checkpoint(run: RunDirectory, config: RunConfig, step: int) -> tuple[int, Path] | None:
+    """The newest checkpoint of a run after at most `step` steps; None: it has none."""
+    store = LocalStore(checkpoint_root(run.root, config))
+    steps = [(n, store.path(name)) for name in store.names() if (n := step_of(name)) is not None]
+    return max((found for found in steps if found[0] <= step), default=None)
+
+
+def repeat_steps(
+    config: RunConfig,
+    start: PathOrUrl | None,
+    until: int,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    saved: bool = True,
+    other_run: bool = True,
+    recorded: Collection[int] = (),
+    values: Collection[int] = (),
+) -> RunDirectory:
+    """Train from a checkpoint until `until` steps are done. Starts workers.
+
+    Args:
+        start: the checkpoint; None: the beginning of the run.
+        folder: a new one, for the run.
+        overrides: `section.key=value`, e.g. another layout.
+        saved: whether each step is saved, and not the last alone.
+        other_run: whether the checkpoint may be one of a run with other settings.
+        recorded: the steps whose operations are written.
+        values: the operations whose values are written.
+    Raises:
+        CheckpointError: training failed.
+    """
+    folder.mkdir(parents=True)
+    source = folder / "config.toml"
+    write_whole(source, dump_toml(config).encode())
+    root = folder / "run"
+    settings = (
+        *_APART,
+        f"checkpoint.every={int(saved)}",
+        *overrides,
+        f"train.stop_after={until}",
+        f"log.operation_steps={sorted(recorded)}",
+        f"log.operation_values={sorted(values)}",
+    )
+    command = [sys.executable, "-m", "holdfast.launch.cli", "train", str(source)]
+    command += ["--out", str(root), "--resume", "none" if start is None else str(start)]
+    if start is not None and other_run:
+        command += ["--allow-change", ",".join(sorted(flat_keys(msgspec.to_builtins(config))))]
+    command += [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        last = done.stdout.strip().splitlines()[-3:] or ["it said nothing"]
+        raise CheckpointError(
+            f"repeating the steps until {until} ended with exit code {done.returncode}: "
+            + " / ".join(last)
+        )
+    return RunDirectory(root)

@@ -59,8 +59,8 @@ class Fault:
     state is first on its way to a newcomer, or to this rank, from that step on. "change": when
     ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
-    """The seconds for which the lock is held, the write lasts, the node is cut off, the disk is full
-    or products are wrong, or by which a slow step is longer."""
+    """The seconds for which the lock is held, the write lasts, the node is cut off, the disk is
+    full or products are wrong, or by which a slow step is longer."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 

@@ -20,9 +20,6 @@ from .failure import (
 from .flops import (
     step_flops as step_flops,
 )
-from .layout_table import (
-    LayoutTable as LayoutTable,
-)
 from .metrics import (
     StepMetrics as StepMetrics,
     last_step as last_step,
@@ -38,6 +35,9 @@ from .run_console import (
 )
 from .stragglers import (
     PhaseClock as PhaseClock,
+)
+from .terminal import (
+    LayoutTable as LayoutTable,
 )
 from .workers import (
     introduce as introduce,

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from holdfast.parallel.errors import counted
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports.console import Display, ProgressLine, duration, loss_name
 from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import described
+from holdfast.trainer.reports.terminal import Display, ProgressLine, duration, loss_name
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.worlds import world_from_environment
 

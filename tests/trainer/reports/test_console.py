@@ -14,10 +14,10 @@ from holdfast.parallel.output import plain_text
 from holdfast.parallel.plan import Plan, replan
 from holdfast.parallel.plan.replan import Roster
 from holdfast.trainer.config import convert_config
-from holdfast.trainer.reports.console import Display, ProgressLine
-from holdfast.trainer.reports.layout_table import LayoutTable
 from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.run_console import RunConsole
+from holdfast.trainer.reports.terminal.console import Display, ProgressLine
+from holdfast.trainer.reports.terminal.layout_table import LayoutTable
 from holdfast.trainer.run import RunDirectory
 from support.processes.terminal import OnTerminal
 from support.runs.plans import NODES, first_plan

@@ -16,9 +16,9 @@ from holdfast.parallel.pipeline.executor import ActionTimes
 from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.models import layer_specs
 from holdfast.trainer.models.llama.family import LlamaConfig
-from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import drop_after, last_step
+from holdfast.trainer.reports.terminal.console import duration, sparkline
 from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, write_trace
 
 

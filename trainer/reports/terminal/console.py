@@ -23,8 +23,8 @@ from holdfast.parallel.errors import printable
 from holdfast.parallel.output import ConsoleLog, plain_console, plain_text
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import HELD_OUT
-from holdfast.trainer.reports.layout_table import LayoutTable
-from holdfast.trainer.reports.live_panel import LivePanel
+from holdfast.trainer.reports.terminal.layout_table import LayoutTable
+from holdfast.trainer.reports.terminal.live_panel import LivePanel
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.launch.proofs.digest_comparison import Divergence, divergence
 from holdfast.launch.proofs.repeat import (
+    Repeater,
     alone,
     digests_of,
     newest_checkpoint,
@@ -56,9 +57,15 @@ def audit_run(run: RunDirectory, first: int, last: int, overrides: Sequence[str]
             f"{max(digests)}"
         )
     start = newest_checkpoint(run, config, first - 1) or (0, None)
-    with scratch_folder() as folder:
+    with Repeater() as repeater, scratch_folder() as folder:
         again = repeat_steps(
-            config, start[1], last, folder / "run", [*alone(config), *overrides], saved=False
+            repeater,
+            config,
+            start[1],
+            last,
+            folder / "run",
+            [*alone(config), *overrides],
+            saved=False,
         )
         found = divergence(wanted, digests_of(again))
     lines = read_digests(run.digests)

@@ -25,6 +25,7 @@ from holdfast.launch.proofs.operation_comparison import (
     first_value,
 )
 from holdfast.launch.proofs.repeat import (
+    Repeater,
     alone,
     config_of_step,
     digests_of,
@@ -107,6 +108,7 @@ class Repetition:
 class _Work:
     """The folder of the repetitions, and what they cost."""
 
+    repeater: Repeater
     folder: Path
     overrides: tuple[str, ...]
     repeated: int = 0
@@ -131,7 +133,14 @@ class _Work:
             settings = (*alone(config), *self.overrides)
             folder = self.folder / f"{side.name}-{self.tried}"
             run = repeat_steps(
-                config, start[1], end, folder, settings, recorded=recorded, values=values
+                self.repeater,
+                config,
+                start[1],
+                end,
+                folder,
+                settings,
+                recorded=recorded,
+                values=values,
             )
             found.digests |= digests_of(run)
             found.runs |= dict.fromkeys(range(start[0] + 1, end + 1), run)
@@ -172,8 +181,8 @@ def bisect_runs(
     found = replace(found, settings=tuple(_differing_settings(a, b, where.step)))
     if not repeats:
         return _named(found, a)
-    with scratch_folder() as folder:
-        work = _Work(folder, tuple(overrides))
+    with Repeater() as repeater, scratch_folder() as folder:
+        work = _Work(repeater, folder, tuple(overrides))
         if not where.is_exact:
             say(f"steps {where.equal_until} to {where.step} are trained again, to find which it is")
             where = _narrowed(work, a, b, where)

@@ -10,7 +10,7 @@ from holdfast.checkpoint.format import name_of
 from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.proofs.digest_comparison import Divergence, divergence
-from holdfast.launch.proofs.repeat import repeat_steps
+from holdfast.launch.proofs.repeat import Repeater, repeat_steps
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.files import scratch_folder
 from holdfast.trainer.config import convert_config
@@ -45,9 +45,16 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
             "earlier"
         )
     config = convert_config(after.config)
-    with scratch_folder() as scratch:
+    with Repeater() as repeater, scratch_folder() as scratch:
         again = repeat_steps(
-            config, first, after.step, scratch / "run", overrides, saved=False, other_run=False
+            repeater,
+            config,
+            first,
+            after.step,
+            scratch / "run",
+            overrides,
+            saved=False,
+            other_run=False,
         )
         made = again.root / "checkpoints" / name_of(after.step)
         return Proof(

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore, PathOrUrl
+from holdfast.launch.processes import append_output, fork_child
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.parallel.output import write_whole
+from holdfast.parallel.output import exit_code_of, write_whole
+from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import (
+    EVERY_CHANGE,
     RunConfig,
     convert_config,
     dump_toml,
-    flat_keys,
     load_config,
 )
 from holdfast.trainer.reports import StepDigests, read_digests
-from holdfast.trainer.run import RunDirectory, checkpoint_root
+from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run
 
 _ALONE = (
     *(f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "data", "context", "expert")),
@@ -36,6 +38,8 @@ _ALONE = (
     "offload.activations=none",
 )
 """The layout of one process."""
+_LONGEST_REQUEST = 1 << 20
+_LONGEST_ANSWER = 64
 _APART = (
     "elastic.enabled=false",
     "elastic.chaos=[]",
@@ -113,7 +117,81 @@ def newest_checkpoint(run: RunDirectory, config: RunConfig, step: int) -> tuple[
     return max((found for found in steps if found[0] <= step), default=None)
 
 
+class Repeater:
+    """A child of this process that trains steps again, each time in a process of its own.
+
+    It has torch imported and no thread, so that each repetition is forked from it: this process may
+    have threads by then. It ends with the block, and with this process.
+    """
+
+    def __enter__(self) -> Repeater:
+        requests, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        self._pid = fork_child(partial(_serve, requests, answers, (self._requests, self._answers)))
+        os.close(requests)
+        os.close(answers)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._requests)
+        os.close(self._answers)
+        os.waitpid(self._pid, 0)
+
+    def train(self, request: TrainingRequest) -> int:
+        """Train as requested. Returns the exit code."""
+        os.write(self._requests, msgspec.json.encode(request) + b"\n")
+        answer = os.read(self._answers, _LONGEST_ANSWER)
+        return int(answer) if answer else 1
+
+
+class TrainingRequest(msgspec.Struct, frozen=True):
+    """A run that a `Repeater` trains."""
+
+    source: str
+    """The file of its configuration."""
+    settings: list[str]
+    root: str
+    resume: str
+    other_run: bool
+    log: str
+    """The file for what it says."""
+
+
+def _serve(requests: int, answers: int, of_others: tuple[int, ...]) -> int:
+    """Train one request after another, until there are no more. Returns the exit code."""
+    for descriptor in of_others:
+        os.close(descriptor)
+    from holdfast.launch.launchers import run_local  # noqa: F401  (imports torch once)
+
+    with os.fdopen(requests, "rb") as lines:
+        while line := lines.readline(_LONGEST_REQUEST):
+            pid = fork_child(partial(_train, decode_json(line, TrainingRequest)))
+            status = os.waitpid(pid, 0)[1]
+            os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    return 0
+
+
+def _train(request: TrainingRequest) -> int:
+    append_output(Path(request.log))
+    return exit_code_of(partial(_run, request))
+
+
+def _run(request: TrainingRequest) -> int:
+    from holdfast.launch.launchers import run_local
+
+    source = Path(request.source)
+    config = load_config(source, request.settings)
+    ranks = config.parallel.ranks
+    allowed = EVERY_CHANGE if request.other_run else ()
+    asked = RunRequest(
+        source, config, Path(request.root), request.resume, allowed, world_size=ranks
+    )
+    with opened_run(asked) as opened:
+        return run_local(opened.config, opened.directory, ranks)
+
+
 def repeat_steps(
+    repeater: Repeater,
     config: RunConfig,
     start: PathOrUrl | None,
     until: int,
@@ -150,18 +228,21 @@ def repeat_steps(
         f"log.operation_steps={sorted(recorded)}",
         f"log.operation_values={sorted(values)}",
     )
-    command = [sys.executable, "-m", "holdfast.launch.cli", "train", str(source)]
-    command += ["--out", str(root), "--resume", "none" if start is None else str(start)]
-    if start is not None and other_run:
-        command += ["--allow-change", ",".join(sorted(flat_keys(msgspec.to_builtins(config))))]
-    command += [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    log = folder / "output.log"
+    code = repeater.train(
+        TrainingRequest(
+            source=str(source),
+            settings=list(settings),
+            root=str(root),
+            resume="none" if start is None else str(start),
+            other_run=other_run,
+            log=str(log),
+        )
     )
-    if done.returncode:
-        last = done.stdout.strip().splitlines()[-3:] or ["it said nothing"]
+    if code:
+        said = read_regular(log).decode(errors="replace").strip().splitlines()
         raise CheckpointError(
-            f"repeating the steps until {until} ended with exit code {done.returncode}: "
-            + " / ".join(last)
+            f"repeating the steps until {until} ended with exit code {code}: "
+            + (" / ".join(said[-3:]) or "it said nothing")
         )
     return RunDirectory(root)

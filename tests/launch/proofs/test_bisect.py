@@ -155,8 +155,6 @@ def test_one_flipped_bit_is_no_matter_of_settings(folder: Path) -> None:
     assert found["settings"] == []
     assert found["reproduced"] == [True, False]
     assert (found["operation"], found["tensor"]) == (None, None)
-    done = holdfast(folder, "bisect", "first", "flipped")
-    assert "run B computed or kept something wrongly" in done.stdout
     assert repeated_of_each(found) <= MOST_REPEATED
 
 

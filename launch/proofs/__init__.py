@@ -1,7 +1,7 @@
 """Proofs of correct training: check, prove, replay, bisect, audit, comparison of runs.
 
-May import launch.agent, launch.launchers, trainer, checkpoint, elastic, parallel.errors,
-parallel.links, parallel.output, parallel.files and parallel.reading.
+May import launch.agent, launch.launchers, launch.processes, trainer, checkpoint, elastic,
+parallel.errors, parallel.links, parallel.output, parallel.files and parallel.reading.
 """
 
 import lazy_loader

@@ -210,13 +210,17 @@ class ShardedOptimizer:
             of: the reduced gradients, between reduce and update, or the parameters' master values.
             layers: the layers of the model.
         """
-        sums = [0] * layers
+        parts: list[tuple[Tensor, int]] = []
         for number, (owned, gradients) in enumerate(self.owned_gradients()):
             values = gradients if of == "gradients" else self.block_state(number)[MASTER]
-            block = owned.block
-            row = block.part * _MOST_ROWS + block.spec_index
-            first = (row << _PLACE_BITS) + block.row_start * owned.spec.row_elements
-            sums[block.layer] += operations_of(values.device).bit_sum(values, first)
+            row = owned.block.part * _MOST_ROWS + owned.block.spec_index
+            place = owned.block.row_start * owned.spec.row_elements
+            parts.append((values, (row << _PLACE_BITS) + place))
+        sums = [0] * layers
+        if parts:
+            found = operations_of(parts[0][0].device).bit_sums(parts)
+            for owned, total in zip(self.owned, found, strict=True):
+                sums[owned.block.layer] += total
         return [total % 2**64 for total in sums]
 
     def restore(self, step: int) -> None:

@@ -33,8 +33,10 @@ def test_the_sum_is_that_of_python(size: int, data: st.DataObject) -> None:
     array = np.array(words, dtype=WORDS[size])
     assert kernel(array, first) == defined(words, first)
     values = torch.from_numpy(array.view(f"int{8 * size}").copy()).view(FLOATS[size])
-    assert native_operations.bit_sum(values, first) == defined(words, first)
-    assert torch_operations.bit_sum(values, first) == defined(words, first)
+    for operations in (native_operations, torch_operations):
+        found = operations.bit_sums([(values, first), (values[1:], first + 1)])
+        assert found == [defined(words, first), defined(words[1:], first + 1)]
+        assert operations.bit_sums([]) == []
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

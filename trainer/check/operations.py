@@ -42,7 +42,7 @@ def tensor_digest(values: Tensor) -> int:
         flat = torch.view_as_real(flat)
     if flat.element_size() == 1:
         flat = flat.view(torch.uint8).to(torch.int16)
-    return operations_of(flat.device).bit_sum(flat.reshape(-1), 0)
+    return operations_of(flat.device).bit_sums([(flat.reshape(-1), 0)])[0]
 
 
 class OperationRecorder(TorchDispatchMode):

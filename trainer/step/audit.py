@@ -152,7 +152,7 @@ class AuditWatch:
             place = self._layers + 2 * chunk + (not forward)
             stretch = (passage.stretch or 0) * (1 << 40)
             flat = value.detach().contiguous().view(-1)
-            digest = operations_of(flat.device).bit_sum(flat, stretch)
+            (digest,) = operations_of(flat.device).bit_sums([(flat, stretch)])
             self._seen[place] = (self._seen.get(place, 0) + digest) % 2**64
 
     def end(self) -> Tensor:
@@ -206,6 +206,7 @@ class StepAudits:
         """
         self._plan, self._rank, self._accumulator = plan, rank, model.accumulator
         self._members, self._run, self._seed, self._every = members, run, seed, every
+        self._accumulator.watch(None)  # that of an interrupted step
         self.watch = AuditWatch(plan, rank, model)
         self._audit: Audit | None = None
         self._row: Tensor | None = None
@@ -258,11 +259,6 @@ class StepAudits:
         judges = audit.judges(found.stage)
         again = [(replicas, self._computed(audit, replicas, begun=True)) for replicas in judges]
         return judged_audit(self._plan, audit, found, torch.cat([rows, self._told(again)]))
-
-    def cancel(self) -> None:
-        """Forget the audit of an interrupted step."""
-        self._audit, self._row, self.watch.digests = None, None, None
-        self._accumulator.watch(None)
 
     def _told(self, rows: Sequence[tuple[Replicas, Tensor | None]]) -> Tensor:
         table = self.watch.table(rows)

@@ -44,4 +44,5 @@ class ContributionDigests:
         self.by_layer[layer] = (self.by_layer[layer] + added) % 2**64
 
     def _digest(self, parameter: Hashable, sums: Tensor) -> int:
-        return operations_of(sums.device).bit_sum(sums.view(-1), self._places[parameter][1])
+        place = self._places[parameter][1]
+        return operations_of(sums.device).bit_sums([(sums.view(-1), place)])[0]

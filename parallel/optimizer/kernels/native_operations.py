@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,9 +79,12 @@ def sum_squares(values: Tensor) -> float:
     return kernel(values.data_ptr(), values.numel())
 
 
-def bit_sum(values: Tensor, first: int) -> int:
-    """See `SumOperations.bit_sum`."""
-    return _BIT_SUMS[values.element_size()](values.data_ptr(), values.numel(), first % 2**64)
+def bit_sums(parts: Sequence[tuple[Tensor, int]]) -> list[int]:
+    """See `SumOperations.bit_sums`."""
+    return [
+        _BIT_SUMS[values.element_size()](values.data_ptr(), values.numel(), first % 2**64)
+        for values, first in parts
+    ]
 
 
 def pack(sums: Tensor, output: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -64,14 +65,13 @@ class SumOperations(Protocol):
         """Add up the squares of float32 or float64 values, in float64."""
         ...
 
-    def bit_sum(self, values: Tensor, first: int, /) -> int:
-        """The weighted sum modulo 2**64 of the values' bits; see `bit_sum_16` in csrc/_native.pyi.
+    def bit_sums(self, parts: Sequence[tuple[Tensor, int]], /) -> list[int]:
+        """The weighted sums modulo 2**64 of the bits of values; see `bit_sum_16` in _native.pyi.
 
-        Sums of disjoint ranges of places add up to that of all.
+        Sums of disjoint ranges of places add up to that of all. A device is waited for once.
 
         Args:
-            values: of 2, 4 or 8 bytes each.
-            first: the place of the first one.
+            parts: values of 2, 4 or 8 bytes each, flat, and the place of the first one.
         """
         ...
 

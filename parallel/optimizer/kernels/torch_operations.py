@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -79,19 +81,26 @@ def sum_squares(values: Tensor) -> float:
     return float(values.double().square().sum())
 
 
-def bit_sum(values: Tensor, first: int) -> int:
-    """See `SumOperations.bit_sum`."""
+def bit_sums(parts: Sequence[tuple[Tensor, int]]) -> list[int]:
+    """See `SumOperations.bit_sums`."""
+    if not parts:
+        return []
+    totals = torch.stack([_bit_sum(values, first) for values, first in parts])
+    return [total % 2**64 for total in totals.tolist()]
+
+
+def _bit_sum(values: Tensor, first: int) -> Tensor:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    flat, total = values.reshape(-1).view(integers), 0
-    mask = (1 << 8 * values.element_size()) - 1
+    flat, mask = values.reshape(-1).view(integers), (1 << 8 * values.element_size()) - 1
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
     for start in range(0, flat.numel(), _AT_ONCE):
         words = flat[start : start + _AT_ONCE].long()
         if values.element_size() < 8:
             words &= mask
         places = torch.arange(len(words), device=words.device)
         begin = _signed((first + start) * _ODD)
-        total += int((words * ((places * _signed(_ODD) + begin) | 1)).sum())
-    return total % 2**64
+        total += (words * ((places * _signed(_ODD) + begin) | 1)).sum()
+    return total
 
 
 def _signed(value: int) -> int:

@@ -8,6 +8,8 @@ OR, which has no order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -232,9 +234,9 @@ def add_integers(sums: Tensor, other: Tensor) -> int:
     return int(flags)
 
 
-def bit_sum(values: Tensor, first: int) -> int:
-    """See `SumOperations.bit_sum`."""
-    return torch_operations.bit_sum(values, first)
+def bit_sums(parts: Sequence[tuple[Tensor, int]]) -> list[int]:
+    """See `SumOperations.bit_sums`."""
+    return torch_operations.bit_sums(parts)
 
 
 def convert(sums: Tensor, output: Tensor, fraction_bits: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -159,6 +160,9 @@ def test_one_flipped_bit_is_no_matter_of_settings(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "HOLDFAST_SOAK_S" not in os.environ, reason="trains a dozen times more: make soak"
+)
 def test_sparse_digests_are_narrowed_down(folder: Path) -> None:
     sparse = ("--set", "log.digests_every=5")
     train(folder, "sparse", *sparse)

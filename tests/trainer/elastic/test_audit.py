@@ -146,7 +146,7 @@ def test_audits_go_on_after_a_loss_that_leaves_stages_uneven(folder: Path) -> No
 @pytest.mark.slow
 def test_no_audit_of_sound_ranks_finds_anything(folder: Path) -> None:
     """Dropout, recompute, offload and saves beside it included."""
-    layout = ("parallel.data=2", "parallel.pipeline=2", "train.recompute=full")
+    layout = ("parallel.data=2", "parallel.pipeline=2", "train.recompute=full", "train.steps=5")
     more = ("model.dropout=0.1", "checkpoint.every=3", "offload.activations=ssd")
     assert train(folder, "plain", *layout, *more, "elastic.audit_every=0").returncode == 0
     done = train(folder, "sound", *layout, *more, "offload.smallest_kib=1")

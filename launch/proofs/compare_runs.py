@@ -10,7 +10,7 @@ from pathlib import Path
 from holdfast.launch.proofs.digest_comparison import divergence
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.output import content_of, json_lines, step_of
-from holdfast.trainer.reports import read_digests
+from holdfast.trainer.reports import digests_by_step
 from holdfast.trainer.run import RunDirectory, read_events
 
 
@@ -58,11 +58,7 @@ def compare_runs(run: RunDirectory, other: RunDirectory) -> RunComparison:
     """Losses, gradient norms and final parameters of two finished runs, bit by bit."""
     mine, others = bits_of(run.metrics), bits_of(other.metrics)
     differing = [s for s in sorted(mine.keys() | others.keys()) if mine.get(s) != others.get(s)]
-    digests = [
-        {line.digests.step: line.digests for line in read_digests(own.digests)}
-        for own in (run, other)
-    ]
-    if where := divergence(*digests):
+    if where := divergence(digests_by_step(run.digests), digests_by_step(other.digests)):
         differing.append(where.step)
     return RunComparison(len(mine), min(differing, default=None), _digest(run) == _digest(other))
 

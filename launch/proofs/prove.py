@@ -14,7 +14,7 @@ from holdfast.launch.proofs.repeat import Repeater, repeat_steps
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.files import scratch_folder
 from holdfast.trainer.config import convert_config
-from holdfast.trainer.reports import read_digests
+from holdfast.trainer.reports import digests_by_step
 from holdfast.trainer.run import RunDirectory
 
 
@@ -65,8 +65,4 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
 def _divergence(again: RunDirectory, second: PathOrUrl) -> Divergence | None:
     """Where the digests of the run of a checkpoint part from those of its repetition."""
     run = RunDirectory(Path(str(second)).parent.parent)
-    found, digests = (
-        {line.digests.step: line.digests for line in read_digests(own.digests)}
-        for own in (again, run)
-    )
-    return divergence(digests, found)
+    return divergence(digests_by_step(run.digests), digests_by_step(again.digests))

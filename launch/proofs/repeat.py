@@ -11,6 +11,7 @@ import msgspec
 
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore, PathOrUrl
+from holdfast.launch.launchers import run_local
 from holdfast.launch.processes import append_output, fork_child
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.output import exit_code_of, write_whole
@@ -22,7 +23,7 @@ from holdfast.trainer.config import (
     dump_toml,
     load_config,
 )
-from holdfast.trainer.reports import StepDigests, read_digests
+from holdfast.trainer.reports import StepDigests, digests_by_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run
 
 _ALONE = (
@@ -83,7 +84,7 @@ def digests_of(run: RunDirectory) -> dict[int, StepDigests]:
     Raises:
         ConfigError: it has none.
     """
-    found = {line.digests.step: line.digests for line in read_digests(run.digests)}
+    found = digests_by_step(run.digests)
     if not found:
         raise ConfigError(
             f"{run.root} has no digests.jsonl with steps, by which runs are compared; train with "
@@ -120,8 +121,9 @@ def newest_checkpoint(run: RunDirectory, config: RunConfig, step: int) -> tuple[
 class Repeater:
     """A child of this process that trains steps again, each time in a process of its own.
 
-    It has torch imported and no thread, so that each repetition is forked from it: this process may
-    have threads by then. It ends with the block, and with this process.
+    It has all that this process has imported, torch included, and no thread, so each repetition is
+    forked from it: this process may have threads by then. It ends with the block, and with this
+    process.
     """
 
     def __enter__(self) -> Repeater:
@@ -161,8 +163,6 @@ def _serve(requests: int, answers: int, of_others: tuple[int, ...]) -> int:
     """Train one request after another, until there are no more. Returns the exit code."""
     for descriptor in of_others:
         os.close(descriptor)
-    from holdfast.launch.launchers import run_local  # noqa: F401  (imports torch once)
-
     with os.fdopen(requests, "rb") as lines:
         while line := lines.readline(_LONGEST_REQUEST):
             pid = fork_child(partial(_train, decode_json(line, TrainingRequest)))
@@ -177,8 +177,6 @@ def _train(request: TrainingRequest) -> int:
 
 
 def _run(request: TrainingRequest) -> int:
-    from holdfast.launch.launchers import run_local
-
     source = Path(request.source)
     config = load_config(source, request.settings)
     ranks = config.parallel.ranks

@@ -5,6 +5,7 @@ from .checkpoint_events import (
 from .digests import (
     StepDigests as StepDigests,
     broken_links as broken_links,
+    digests_by_step as digests_by_step,
     read_digests as read_digests,
 )
 from .events import (

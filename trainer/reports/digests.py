@@ -89,6 +89,11 @@ def read_digests(path: Path) -> list[DigestLine]:
     return found
 
 
+def digests_by_step(path: Path) -> dict[int, StepDigests]:
+    """The digests in a file by their step; see `read_digests`."""
+    return {line.digests.step: line.digests for line in read_digests(path)}
+
+
 def broken_links(lines: Iterable[DigestLine]) -> list[int]:
     """The steps whose lines do not follow from those before them. Pure."""
     before, found = BEGINNING, []

@@ -84,7 +84,8 @@ class Bisection:
     """After the update of the step, the first tensor that differs."""
     repeated: int = 0
     """The steps that were trained again, over both settings."""
-    notes: tuple[str, ...] = ()
+    note: str = ""
+    """Why the step was not trained again, if it was not for another reason than being asked."""
 
     @property
     def equal(self) -> bool:
@@ -113,7 +114,6 @@ class _Work:
     overrides: tuple[str, ...]
     repeated: int = 0
     tried: int = 0
-    notes: list[str] = field(default_factory=list)
 
     def repeat(
         self,
@@ -191,7 +191,7 @@ def bisect_runs(
         found = replace(found, token=_other_token(a, b, where.step))
         say(f"step {where.step} is trained again by the configuration of each run")
         found = _repeated(work, a, b, found, where)
-        found = replace(found, repeated=work.repeated, notes=tuple(work.notes))
+        found = replace(found, repeated=work.repeated)
     return _named(found, a)
 
 
@@ -231,8 +231,9 @@ def _differing_settings(a: Side, b: Side, step: int) -> Iterator[str]:
 
 def _other_token(a: Side, b: Side, step: int) -> str:
     """The first token of a step, counted from 1, that the data of two runs has differently."""
-    data = [open_split(side.config, "train") for side in (a, b)]
-    train = [side.config.train for side in (a, b)]
+    configs = [config_of_step(side.run, side.config, step)[0] for side in (a, b)]
+    data = [open_split(config, "train") for config in configs]
+    train = [config.train for config in configs]
     sizes = {(t.batch_of(step - 1), t.micro_batch, t.length_of(step - 1)) for t in train}
     if len(sizes) > 1:
         return "batches are of different sizes"
@@ -304,8 +305,7 @@ def _repeated(work: _Work, a: Side, b: Side, found: Bisection, where: Divergence
     step, is_update = where.step, where.kind == "update"
     begin = step - 1
     if where.kind == "start" and step > 1:
-        work.notes.append(f"the runs differ before step {step}, the first that both have")
-        return found
+        return replace(found, note=f"the runs differ before step {step}, the first that both have")
     until = min(step + is_update, a.config.train.steps, b.config.train.steps)
     start = _start(work, a, b, begin)
     made, same = [], []

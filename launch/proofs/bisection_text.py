@@ -33,7 +33,8 @@ def describe_bisection(found: Bisection) -> Iterator[str]:
     for line in found.settings:
         yield f"setting: {line}"
     yield from _describe_repetition(found, where.step)
-    yield from found.notes
+    if found.note:
+        yield found.note
 
 
 def _describe_repetition(found: Bisection, step: int) -> Iterator[str]:

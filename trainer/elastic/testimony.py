@@ -17,7 +17,7 @@ import msgspec
 from holdfast.elastic import WorkerSpec
 from holdfast.parallel.comm import collectives_record, read_record
 from holdfast.parallel.output import Evidence, own_threads, write_evidence
-from holdfast.trainer.reports import device_facts, failure_evidence, is_failure
+from holdfast.trainer.reports import device_facts, keep_failure
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -58,15 +58,8 @@ def leave_failure(error: BaseException, spec: WorkerSpec, incidents: Path) -> No
     Args:
         incidents: the folder of the run's incidents.
     """
-    if not is_failure(error):
-        return
-    try:
-        record = None
-        with contextlib.suppress(OSError, ValueError):
-            record = read_record(spec.flight_record)
-        evidence = failure_evidence(
-            error, spec.rank, incidents=incidents, incarnation=spec.incarnation, record=record
-        )
-        write_evidence(spec.failure, evidence)
-    except Exception as trouble:
-        logger.warning("no evidence of this: %s", trouble)
+    record = None
+    with contextlib.suppress(OSError, ValueError):
+        record = read_record(spec.flight_record)
+    incarnation = spec.incarnation
+    keep_failure(error, spec.rank, incidents, spec.failure, incarnation=incarnation, record=record)

@@ -13,8 +13,6 @@ from .events import (
 )
 from .failure import (
     device_facts as device_facts,
-    failure_evidence as failure_evidence,
-    is_failure as is_failure,
     keep_failure as keep_failure,
     note_operations as note_operations,
 )

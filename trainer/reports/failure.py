@@ -79,13 +79,28 @@ def failure_evidence(
     )
 
 
-def keep_failure(error: BaseException, rank: int, incidents: Path) -> None:
-    """Write the evidence of an error that ends this worker, if it is a failure. Raises nothing."""
+def keep_failure(
+    error: BaseException,
+    rank: int,
+    incidents: Path,
+    path: Path | None = None,
+    *,
+    incarnation: int = 0,
+    record: FlightRecord | None = None,
+) -> None:
+    """Write the evidence of an error that ends this worker, if it is a failure. Raises nothing.
+
+    Args:
+        path: the file; None: one of the incidents.
+        incarnation, record: as of `failure_evidence`.
+    """
     if not is_failure(error):
         return
     try:
-        evidence = failure_evidence(error, rank, incidents=incidents)
-        write_evidence(incidents / evidence_name("failed", str(rank)), evidence)
+        evidence = failure_evidence(
+            error, rank, incidents=incidents, incarnation=incarnation, record=record
+        )
+        write_evidence(path or incidents / evidence_name("failed", str(rank)), evidence)
     except Exception as trouble:
         logger.warning("no evidence of this: %s", trouble)
 

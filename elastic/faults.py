@@ -37,6 +37,8 @@ _RULE = ("priority", "1", "blackhole")
 """The priority after the rule for the machine's own addresses, so its processes reach each
 other."""
 _SMALLEST_BYTES = 4096
+_PERIOD_S = 0.06
+"""The time from one stop of a throttled process to the next."""
 
 
 class FaultError(HoldfastError):
@@ -53,14 +55,17 @@ class Fault:
     """The step, counted from 1; 0: the first in which the worker hears of it."""
     phase: StepPhase = "compute"
     """The phase at whose beginning the fault happens. "backward": when half of the step's backward
-    passes are done. "exchange": when its first gradient sums are on their way to an owner.
-    "gather": when its first updated parameters are on their way to their holders. "prefetch": when
-    parameters of later layers are on their way to it, if replicas share them. "fill": when
-    state is first on its way to a newcomer, or to this rank, from that step on. "change": when
-    ranks have changed before or within that step."""
+    passes are done. "micro-batch": when the first of them begins. "exchange": when its first
+    gradient sums are on their way to an owner. "gather": when its first updated parameters are on
+    their way to their holders. "prefetch": when parameters of later layers are on their way to it,
+    if replicas share them. "fill": when state is first on its way to a newcomer, or to this rank,
+    from that step on. "change": when ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
     """The seconds for which the lock is held, the write lasts, the node is cut off, the disk is
-    full or products are wrong, or by which a slow step is longer."""
+    full, products are wrong or the process is slow, or by which a slow step is longer."""
+    factor: Annotated[float, Meta(ge=1, le=1e6)] = 3.0
+    """How many times as long everything takes ("throttle"), or what the processor computes in a
+    micro-batch ("slow-compute")."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
@@ -120,6 +125,39 @@ class FaultEffects:
     """Has bits flip in this worker's products for a number of seconds."""
 
 
+class _Slowdown:
+    """Makes the steps and micro-batches of a worker longer."""
+
+    def __init__(self, sleep: Callable[[float], None]) -> None:
+        self._sleep = sleep
+        self.step_s = 0.0
+        """The seconds by which every step is longer."""
+        self._until: list[tuple[float, float]] = []
+        """(the end in monotonic seconds, factor) of each fault that slows micro-batches."""
+        self._used_s = 0.0
+        """The processor time of the training thread when its micro-batch began."""
+
+    def add(self, seconds: float, factor: float) -> None:
+        """Have micro-batches take `factor` times as long, for some seconds."""
+        self._until.append((time.monotonic() + seconds, factor))
+
+    def begin_step(self) -> None:
+        """Wait at the beginning of a step, if steps are longer."""
+        if self.step_s:
+            self._sleep(self.step_s)
+        self._used_s = time.thread_time()
+
+    def lengthen(self) -> None:
+        """Make a micro-batch longer, by the processor time since the one before."""
+        if not self._until:
+            return
+        now = time.monotonic()
+        self._until = [pair for pair in self._until if pair[0] > now]
+        factor = max((factor for _, factor in self._until), default=1.0)
+        self._sleep((factor - 1) * (time.thread_time() - self._used_s))
+        self._used_s = time.thread_time()
+
+
 class FaultInjector:
     """Causes the faults of one worker.
 
@@ -151,10 +189,10 @@ class FaultInjector:
         self._identity = (rank, incarnation)
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
         self._asked, self._note, self._effects, self._disk = asked, note, effects, disk
-        self._signal_self, self._sleep = signal_self, sleep
+        self._signal_self = signal_self
         self._lock = threading.Lock()
         self._position = asked.stat().st_size if asked.exists() else 0
-        self._slow_s = 0.0
+        self._slowdown = _Slowdown(sleep)
 
     def at(self, step: int, phase: StepPhase) -> None:
         """Cause the faults that are due. Called at the beginning of each phase.
@@ -164,8 +202,9 @@ class FaultInjector:
         """
         if phase == "compute":
             self._read(step)
-            if self._slow_s:
-                self._sleep(self._slow_s)
+            self._slowdown.begin_step()
+        elif phase == "micro-batch":
+            self._slowdown.lengthen()
         with self._lock:  # state is on its way in another thread
             due = [f for f in self._waiting if f.phase == phase and _is_due(f, step)]
             self._waiting = [f for f in self._waiting if f not in due]
@@ -209,7 +248,11 @@ class FaultInjector:
             case "stuck-disk":
                 write_without_end(fault.seconds)
             case "slow":
-                self._slow_s = fault.seconds
+                self._slowdown.step_s = fault.seconds
+            case "slow-compute":
+                self._slowdown.add(fault.seconds, fault.factor)
+            case "throttle":
+                throttle(os.getpid(), fault.seconds, fault.factor)
             case "exit":
                 os._exit(1)
             case "corrupt-memory":
@@ -225,6 +268,27 @@ class FaultInjector:
                     logger.error("no fault: %s", error)
             case unknown:
                 assert_never(unknown)
+
+
+def throttle(pid: int, seconds: float, factor: float) -> None:
+    """Have a process stopped again and again, so that all it does takes longer. Does not wait.
+
+    Another process does it, and has it go on at the end; it ends with the process.
+    """
+    stopped_s = _PERIOD_S * (1 - 1 / factor)
+    rounds = round(seconds / _PERIOD_S)
+    subprocess.Popen(
+        [
+            "sh",
+            "-c",
+            f"n=0; while [ $n -lt {rounds} ]; do kill -STOP {pid} || exit; sleep {stopped_s:.4f}; "
+            f"kill -CONT {pid} || exit; sleep {_PERIOD_S - stopped_s:.4f}; n=$((n+1)); done",
+        ],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def cut_network(seconds: float) -> None:

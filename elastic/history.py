@@ -37,6 +37,8 @@ class RecordedChange:
     plan: Mapping[str, Any]
     filled: bool = True
     """Whether all state that was incoming under the plan before had arrived."""
+    slowness: tuple[tuple[int, int], ...] = ()
+    """The slow ranks that it knew of, as of `Plan.slowness`."""
 
     @property
     def after(self) -> int:
@@ -67,6 +69,13 @@ class MembershipHistory:
         return frozenset(
             rank for change in self.changes if change.after == committed for rank in change.joined
         )
+
+    def slowness_after(self, step: int) -> tuple[tuple[int, int], ...]:
+        """The slow ranks that the first change after `step` committed steps knew of."""
+        for change in self.changes:
+            if change.step >= step:
+                return change.slowness
+        return ()
 
     def changes_after(self, step: int) -> bool:
         """Whether the ranks change, undisturbed, once `step` is committed."""
@@ -143,7 +152,8 @@ def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHisto
 
 def _change(event: Mapping[str, Any]) -> RecordedChange:
     names = ("step", "within_step", "committed", "lost", "leaving", "joined", "plan", "filled")
-    return of_kind({name: event[name] for name in names}, RecordedChange)
+    found = {name: event[name] for name in names} | {"slowness": event.get("slowness", ())}
+    return of_kind(found, RecordedChange)
 
 
 def _ranks(plan: Mapping[str, Any]) -> list[int]:

@@ -163,7 +163,7 @@ def _set_from_outside(tree: ast.Module) -> set[str]:
 def test_hooks_are_given_and_never_set_from_outside() -> None:
     trees = [tree_of(path) for path in MODULES.values()]
     hooks = set().union(*map(_hooks, trees))
-    assert {"_at_half", "_fence", "_complete"} <= hooks, "attributes of other kinds do not count"
+    assert {"_before", "_fence", "_complete"} <= hooks, "attributes of other kinds do not count"
     assert hooks & set().union(*map(_set_from_outside, trees)) == set()
 
 

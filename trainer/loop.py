@@ -45,6 +45,8 @@ from holdfast.trainer.step import (
     evaluates_after,
     no_hook,
     open_training,
+    probe,
+    wants_probe,
 )
 from holdfast.trainer.worlds import WorldInfo
 
@@ -189,9 +191,12 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         squares, flags = training.reduce()
     if (wrong := training.audit()) is not None:
         _end_of_wrong(parts, step, wrong)
+    every = config.elastic.straggler_every
+    compares = bool(every) and (step + 1) % every == 0
     with timer.phase("vote"):
+        own = parts.clock.times(training, probed_s(parts, step)) if compares else None
         requests = replace(checkpoints.requests(), change=change, leave=leave)
-        outcome = training.vote(squares, flags, requests)
+        outcome = training.vote(squares, flags, requests, own)
     with timer.phase("apply"):
         training.apply(lr, parts.at)
     if not outcome.usable:
@@ -199,9 +204,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
             reporter.skipped(step, outcome, refuse(config, step, outcome))
         end_divergence(config, step, outcome)
     evaluated = training.evaluate() if evaluates_after(config, step + 1) else {}
-    elastic = config.elastic
-    if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
-        stragglers = parts.clock.compare(training, elastic.straggler_factor)
+    if compares:
+        stragglers = parts.clock.compare(training, config.elastic.straggler_factor)
         with training.busy("report"):
             for straggler in stragglers:
                 reporter.straggler(step + 1, straggler)
@@ -213,6 +217,21 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())
     return outcome
+
+
+def probed_s(parts: Parts, step: int) -> float:
+    """The seconds that this rank takes for a fixed computation; 0 where none is asked for. Local.
+
+    Args:
+        step: counted from 0.
+    """
+    training = parts.training
+    if not wants_probe(training.plan):
+        return 0.0
+    start = perf_counter()
+    probe(training.device)
+    parts.at(step + 1, "micro-batch")
+    return perf_counter() - start
 
 
 def _end_of_wrong(parts: Parts, step: int, wrong: WrongComputation) -> None:

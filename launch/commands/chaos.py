@@ -71,6 +71,8 @@ class FaultRequest:
     phase: str
     seconds: float
     """The seconds that the fault lasts, or by which the worker slows down."""
+    factor: float
+    """How many times as long a slow worker takes."""
     every_s: float
     """The approximate seconds between two faults."""
     count: int
@@ -90,6 +92,7 @@ def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
             "step": request.step,
             "phase": request.phase,
             "seconds": request.seconds,
+            "factor": request.factor,
             "incarnation": worker.incarnation,
         }
     )
@@ -152,6 +155,9 @@ def chaos(
         ),
     ] = "compute",
     seconds: Annotated[float, typer.Option(help="How long, or how much slower.", min=0)] = 60.0,
+    factor: Annotated[
+        float, typer.Option(help="How many times as long a slow worker takes.", min=1)
+    ] = 3.0,
     every: Annotated[
         float,
         typer.Option(help="Again about every so many seconds.", min=0, show_default=False),
@@ -168,7 +174,7 @@ def chaos(
         raise ConfigError(f"--step {step} is over: the run has taken {last} steps")
     if count != 1 and not every:
         raise ConfigError(f"--count {count} needs --every SECONDS")
-    request = FaultRequest(fault, rank, step, phase, seconds, every, count, seed)
+    request = FaultRequest(fault, rank, step, phase, seconds, factor, every, count, seed)
     for caused in faults(run, request):
         when = f" at step {caused.step}" if step else " in its next step"
         where = f"{when}, {caused.phase}" if step or fault not in _SIGNALS else ""

@@ -114,7 +114,9 @@ def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path)
         config,
         train=changes(config.train, stop_after=stop_after),
         checkpoint=changes(config.checkpoint, path=str(out / "checkpoints")),
-        elastic=changes(config.elastic, chaos=faults, respawn=True, lighthouse=""),
+        elastic=changes(
+            config.elastic, chaos=faults, respawn=True, lighthouse="", straggler_every=0
+        ),
     )
 
 

@@ -95,6 +95,20 @@ class GlooMesh:
         shared: Any = self._shared_store
         return shared.clone()
 
+    @functools.cached_property
+    def _counters(self) -> Store:
+        """Another client of its own, for counters that the training thread asks for."""
+        shared: Any = self._shared_store
+        return shared.clone()
+
+    def count(self, name: str, amount: int) -> int:
+        """See `Groups.count`."""
+        return self._counters.add(f"count/{self.signal.generation}/{name}", amount)
+
+    def forget_count(self, name: str) -> None:
+        """See `Groups.forget_count`."""
+        self._counters.delete_key(f"count/{self.signal.generation}/{name}")
+
     def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
         """A process group of this rank and `peer`. Collective over both.
 
@@ -143,6 +157,7 @@ class GlooMesh:
         if change.store is not None:
             self._shared_store = change.store
             self.__dict__.pop("_store", None)
+            self.__dict__.pop("_counters", None)
         handshakes: list[tuple[Connection, Handshake]] = []
         with self._lock:
             for (name, peer), connection in tuple(self._connections.items()):

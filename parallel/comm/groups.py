@@ -79,6 +79,24 @@ class Groups:
         assert self.mesh is not None, "MPI alone has no further groups; set votes_over_gloo"
         return GlooCommunicator.over(self.mesh, name, ranks)
 
+    def count(self, name: str, amount: int) -> int:
+        """Add to a counter that the generation's ranks share, and read it: one at a time. Local.
+
+        It asks the rendezvous store, and waits for no other rank.
+
+        Args:
+            name: the counter, which begins at 0.
+        Raises:
+            DistError: the store is gone.
+        """
+        assert self.mesh is not None, "MPI alone has no counters; set votes_over_gloo"
+        return self.mesh.count(name, amount)
+
+    def forget_count(self, name: str) -> None:
+        """Remove a counter that no rank needs any more. Local."""
+        assert self.mesh is not None
+        self.mesh.forget_count(name)
+
     def abort(self, reason: str) -> None:
         """Abort the generation on this rank; see `Communicator.abort`."""
         self.signal.abort(reason)

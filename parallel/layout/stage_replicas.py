@@ -38,11 +38,6 @@ class StageReplicas:
             )
         )
 
-    @cached_property
-    def widest_sizes(self) -> tuple[int, ...]:
-        """The sizes in the first stage that has the most replicas."""
-        return max(map(self.sizes, range(self.pipeline)), key=len)
-
     def sizes(self, stage: int) -> tuple[int, ...]:
         """The number of ranks of each replica of a stage."""
         return tuple(map(len, self.stages[stage]))

@@ -107,6 +107,12 @@ class ActionTimes:
     starts_s: list[float] = field(default_factory=list)
     stops_s: list[float] = field(default_factory=list)
 
+    def extend(self, later: ActionTimes) -> None:
+        """Add those of another program, which ran later."""
+        self.actions += later.actions
+        self.starts_s += later.starts_s
+        self.stops_s += later.stops_s
+
 
 @dataclass(slots=True)
 class _Posted:

@@ -52,6 +52,7 @@ from .programs import (
     training_program as training_program,
 )
 from .replan import (
+    relieved as relieved,
     replan as replan,
     with_shadows as with_shadows,
     would_move_experts as would_move_experts,
@@ -74,4 +75,7 @@ from .sharding import (
     shard_group as shard_group,
     shards as shards,
     use_order as use_order,
+)
+from .speeds import (
+    longest_s as longest_s,
 )

@@ -16,6 +16,7 @@ from holdfast.parallel.errors import TooFewRanks
 from holdfast.parallel.layout import Mesh, StageReplica, StageReplicas
 from holdfast.parallel.plan.initial import micro_batch_counts
 from holdfast.parallel.plan.plan import Plan, Shard
+from holdfast.parallel.plan.speeds import capacities
 
 _Stages = list[list[StageReplica]]
 _CONSIDERED = 64
@@ -32,6 +33,8 @@ class Roster:
     """The ranks among them that hold no state yet."""
     loads: tuple[tuple[int, ...], ...] = ()
     """By layer, the choices of each expert in the last steps; empty: not known."""
+    slowness: tuple[tuple[int, int], ...] = ()
+    """The slow ranks, as of `Plan.slowness`."""
     has_room: Callable[[Plan, int], bool] | None = None
     """Whether a rank's memory suffices for its part in a plan; None: it does. Asked only of ranks
     that get more than a rank of the configured mesh has."""
@@ -79,15 +82,15 @@ def next_stage_replicas(plan: Plan, roster: Roster, sizes: Sequence[int]) -> Sta
     else:
         stages = _divided([*(r for stage in kept for r in stage), *formed], pipeline, plan)
     limit = sum(map(len, plan.micro_batches))
-    busy = [_with_work(stage, limit) for stage in stages]
+    busy = [_with_work(stage, limit, roster) for stage in stages]
     idle = [r for stage in stages for r in stage if not any(r in held for held in busy)]
     spares += (rank for replica in idle for rank in replica)
     return StageReplicas(tuple(map(tuple, busy)), tuple(sorted(spares)))
 
 
-def _with_work(stage: list[StageReplica], micro_batches: int) -> list[StageReplica]:
+def _with_work(stage: list[StageReplica], micro_batches: int, roster: Roster) -> list[StageReplica]:
     """The replicas of a stage that have a micro-batch to compute."""
-    counts = micro_batch_counts(micro_batches, [len(replica) for replica in stage])
+    counts = micro_batch_counts(micro_batches, capacities(stage, roster.slowness))
     return [replica for replica, own in zip(stage, counts, strict=True) if own]
 
 

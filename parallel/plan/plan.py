@@ -63,7 +63,7 @@ DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "first hosts": frozenset({"stage_replicas", "expert_ranks", "expert_copies"}),
     "experts of layers": frozenset({"layers"}),
     "experts of ranks": _EXPERTS | {"stage_replicas", "layers", "placement", "chunk_layers"},
-    "waves of teams": frozenset({"stage_replicas", "micro_batches", "assignment"}),
+    "waves of teams": frozenset({"stage_replicas", "micro_batches", "assignment", "slowness"}),
     "contributors": frozenset({"layers"}),
     "blocks of segments": frozenset({"layers", "block_elements"}),
     "tied layers": frozenset({"layers"}),
@@ -75,7 +75,7 @@ DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "row places": frozenset({"micro_batches"}),
     "scheduled programs": _PROGRAM
     | {"layers", "placement", "chunk_layers", "micro_batches", "assignment"}
-    | {"configured_mesh", "configured_layers", "activation_headroom"},
+    | {"configured_mesh", "configured_layers", "activation_headroom", "slowness"},
 }
 """Derived value -> the fields of a plan that it depends on. `Plan.evolved` keeps a derived value
 exactly where none of these change."""
@@ -127,6 +127,9 @@ class Plan:
     expert_slots: int = 0
     """The experts of a layer that a rank has at most, where copies follow the loads; 0: they do
     not."""
+    slowness: tuple[tuple[int, int], ...] = ()
+    """(rank, the hundredths of the usual time that it takes for its work), of slow ranks; see
+    speeds.py."""
     given_hosts: tuple[Hosts, ...] | None = None
     """By layer, the ranks of each expert if they follow from the plan before; None: the first
     placement. See expert_hosts.py."""

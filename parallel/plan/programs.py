@@ -20,6 +20,7 @@ from holdfast.parallel.plan.rerouting import (
     scheduled_programs,
     stage_caps,
 )
+from holdfast.parallel.plan.speeds import usual_ranks, widest_capacities
 from holdfast.parallel.plan.team_programs import Waves, team_program, waves_of
 from holdfast.parallel.schedules import (
     SENDS,
@@ -233,7 +234,7 @@ def _in_team(
     def find() -> Waves:
         rows = _rows(plan, only)
         sizes = [plan.stage_replicas.sizes(stage) for stage in range(pipeline)]
-        order = entering_order(rows, plan.stage_replicas.widest_sizes)
+        order = entering_order(rows, widest_capacities(plan))
         return waves_of(order, _computing_replicas(plan), sizes)
 
     waves: Waves = plan.derived("waves of teams", only, find)
@@ -250,15 +251,15 @@ def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int,
         return stage * widest + replicas[stage][micro_batch]
 
     slowness = {
-        stage * widest + replica: plan.configured_mesh.shards / size
-        for stage in range(plan.stage_replicas.pipeline)
-        for replica, size in enumerate(plan.stage_replicas.sizes(stage))
+        stage * widest + replica: plan.configured_mesh.shards / of_usual
+        for stage, replicas in enumerate(plan.stage_replicas.stages)
+        for replica, of_usual in enumerate(usual_ranks(replicas, plan.slowness))
     }
     caps = _caps(plan)
     return scheduled_programs(
         plan.placement,
         number_of,
-        entering_order(by_replica, plan.stage_replicas.widest_sizes),
+        entering_order(by_replica, widest_capacities(plan)),
         [
             sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
             for chunk in range(len(plan.placement))

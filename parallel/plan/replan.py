@@ -38,6 +38,7 @@ from holdfast.parallel.plan.initial import (
 from holdfast.parallel.plan.ownership import Together, assign_owners, by_block
 from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
+from holdfast.parallel.plan.speeds import Slowness, capacities
 from holdfast.parallel.schedules import placement
 
 _UNEVEN = 1.1
@@ -97,13 +98,17 @@ def _planned(
     else:
         placed = placement(plan.schedule, stage_replicas.pipeline, plan.virtual)
         chunk_layers = _even_chunks(plan, placed, stage_replicas)
+    # Ranks that share experts compute at the same time, so one with fewer would not help.
+    slowness = () if plan.spreads_experts else roster.slowness
     by_replica, assignment = divide_micro_batches(
         stage_replicas,
         sum(map(len, plan.micro_batches)),
         plan.micro_batch_order,
         together=plan.spreads_experts,
+        slowness=slowness,
     )
     changed = plan.evolved(
+        slowness=slowness,
         generation=generation,
         stage_replicas=stage_replicas,
         placement=placed,
@@ -202,6 +207,14 @@ def _most_uneven(plan: Plan, of_layers: Sequence[Hosts], loads: Sequence[Sequenc
     )
 
 
+def relieved(plan: Plan, slowness: Slowness) -> Plan:
+    """The same ranks' plan with micro-batches divided by other speeds. Pure."""
+    ranks = plan.stage_replicas.ranks
+    nodes = dict.fromkeys(ranks, "")
+    roster = Roster(ranks, nodes, slowness=slowness)
+    return replan(plan, roster, generation=plan.generation, move_layers=False)
+
+
 def would_move_layers(plan: Plan) -> bool:
     """Whether moving layers between stages is worth it, with the ranks as they are."""
     return _moved_layers(plan, plan.stage_replicas) != plan.chunk_layers
@@ -234,20 +247,26 @@ def with_shadows(
 
 
 def divide_micro_batches(
-    stage_replicas: StageReplicas, count: int, order: str, *, together: bool = False
+    stage_replicas: StageReplicas,
+    count: int,
+    order: str,
+    *,
+    together: bool = False,
+    slowness: Slowness = (),
 ) -> tuple[tuple[tuple[int, ...], ...], MicroBatchAssignment | None]:
     """The micro-batches of the replicas of the widest stage, and those of every stage. Pure.
 
-    The second is None if all stages have replicas of the same sizes.
+    The second is None if all stages have replicas of the same sizes and speeds.
 
     Args:
         count: the micro-batches of a step.
         order: a name in `MICRO_BATCH_ORDERS`.
         together: whether replicas of a stage compute at the same time, so that of any consecutive
             micro-batches each has about its share.
+        slowness: of slow ranks, which get fewer.
     """
-    sizes = [stage_replicas.sizes(stage) for stage in range(stage_replicas.pipeline)]
-    widest = stage_replicas.widest_sizes
+    sizes = [capacities(stage, slowness) for stage in stage_replicas.stages]
+    widest = max(sizes, key=len)
     rows = split_micro_batches(count, widest, order)
     if all(found == widest for found in sizes):
         return rows, None

@@ -39,6 +39,7 @@ class _PlanData(msgspec.Struct, frozen=True):
     owners: tuple[list[tuple[_Rank, Count]], ...]
     shadows: tuple[list[tuple[_Ranks, Count]], ...]
     arriving: tuple[list[tuple[_Ranks, Count]], ...]
+    slowness: tuple[tuple[_Rank, Annotated[int, Meta(ge=1, le=1 << 20)]], ...] = ()
 
     def check(self, first: Plan) -> None:
         """Check that a plan of the same model and batch can have these values.
@@ -111,6 +112,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "spares": plan.stage_replicas.spares,
         "placement": plan.placement,
         "chunk_layers": plan.chunk_layers,
+        "slowness": plan.slowness,
         "placements": placements,
         "hosts": [placements.index(found) for found in plan.given_hosts or ()],
         "coming_hosts": [placements.index(found) for found in plan.coming_hosts or ()],
@@ -144,12 +146,14 @@ def _plan_of(first: Plan, data: _PlanData) -> Plan:
         sum(map(len, first.micro_batches)),
         first.micro_batch_order,
         together=first.spreads_experts,
+        slowness=data.slowness,
     )
     return first.evolved(
         generation=data.generation,
         stage_replicas=stage_replicas,
         placement=data.placement,
         chunk_layers=data.chunk_layers,
+        slowness=data.slowness,
         micro_batches=rows,
         assignment=assignment,
         given_hosts=_of_layers(data.placements, data.hosts),

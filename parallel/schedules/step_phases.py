@@ -11,6 +11,7 @@ from typing import Literal, get_args
 StepPhase = Literal[
     "compute",
     "prefetch",
+    "micro-batch",
     "backward",
     "exchange",
     "fill",
@@ -21,10 +22,10 @@ StepPhase = Literal[
     "change",
 ]
 """compute, reduce, vote and apply follow each other in every step. prefetch: parameters of later
-layers are on their way, with parallel.shard = "parameters". backward: half of the backward
-passes of compute are done. exchange: the first gradient sums are on their way to their owners.
-fill: state is copied to a rank beside the step. gather: the first updated parameters are on their
-way to their holders. change: the ranks change."""
+layers are on their way, with parallel.shard = "parameters". micro-batch: a micro-batch's backward
+pass begins. backward: half of the backward passes of compute are done. exchange: the first gradient
+sums are on their way to their owners. fill: state is copied to a rank beside the step. gather: the
+first updated parameters are on their way to their holders. change: the ranks change."""
 STEP_PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
 TIMED_PHASES: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
 """The phases that every step has, in order."""
@@ -36,6 +37,8 @@ FaultKind = Literal[
     "deadlock",
     "stuck-disk",
     "slow",
+    "slow-compute",
+    "throttle",
     "exit",
     "corrupt-memory",
     "corrupt-compute",
@@ -44,7 +47,8 @@ FaultKind = Literal[
 ]
 """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. deadlock: a message is
 awaited that never comes. stuck-disk: a write does not end. slow: every later step takes longer.
-exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
+slow-compute: for a time, micro-batches take longer. throttle: for a time, the process is stopped
+again and again. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
 corrupt-compute: for a time, bits flip in the results of matrix products. cut: the worker's node
 reaches no other node. fill-disk: the checkpoints' disk is full."""
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

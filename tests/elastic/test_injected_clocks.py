@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,11 +161,13 @@ def test_every_kind_of_fault_is_told_and_done(
     monkeypatch.setattr("os._exit", lambda code: happened.append(("exit", code)))
     monkeypatch.setattr(faults, "fill_disk", lambda disk, seconds: happened.append(("full", disk)))
     monkeypatch.setattr(faults, "write_without_end", happened.append)
+    monkeypatch.setattr(faults, "throttle", lambda *how: happened.append(how))
     monkeypatch.setattr("ctypes.PyDLL", lambda name: SimpleNamespace(usleep=happened.append))
     for kind in FAULTS:
         made, done = injector(tmp_path, Fault(kind, rank=1, step=1, seconds=0.5))
         made.at(1, "compute")
         made.at(2, "compute")
+        made.at(2, "micro-batch")
         assert done[0] == f"note {kind} at step 1"
         assert len(done) == 2 or happened, f"{kind} does nothing"
         happened.clear()
@@ -172,3 +177,31 @@ def test_a_kind_of_fault_without_an_action_is_an_error(tmp_path: Path) -> None:
     made, _ = injector(tmp_path, Fault("burn", rank=1, step=1))  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="burn"):
         made.at(1, "compute")
+
+
+def test_a_slow_micro_batch_takes_a_multiple_of_what_it_computed(tmp_path: Path) -> None:
+    slept: list[float] = []
+    made, _ = injector(tmp_path, Fault("slow-compute", rank=1, step=1, seconds=60.0, factor=4.0))
+    made._slowdown._sleep = slept.append
+    made.at(1, "compute")
+    used = time.thread_time()
+    while time.thread_time() - used < 0.02:
+        pass
+    made.at(1, "micro-batch")
+    assert slept[0] == pytest.approx(3 * 0.02, abs=0.01)
+
+
+@pytest.mark.mp
+def test_a_throttled_process_computes_a_share_of_the_time() -> None:
+    code = "import time\nwhile True: time.sleep(0)"
+    with subprocess.Popen([sys.executable, "-c", code]) as busy:
+        try:
+            faults.throttle(busy.pid, seconds=30.0, factor=4.0)
+            states = []
+            for _ in range(200):
+                time.sleep(0.005)
+                stat = Path(f"/proc/{busy.pid}/stat").read_text()
+                states.append(stat.rpartition(")")[2].split()[0])
+        finally:
+            busy.kill()
+    assert 0.5 < states.count("T") / len(states) < 0.95  # three quarters

@@ -31,6 +31,7 @@ from .places import (
 from .rules import config_notes as config_notes
 from .sections import (
     ChaosConfig as ChaosConfig,
+    ElasticConfig as ElasticConfig,
     NumericsConfig as NumericsConfig,
     RunConfig as RunConfig,
     TrainConfig as TrainConfig,

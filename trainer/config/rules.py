@@ -427,6 +427,48 @@ def _audits(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _claims(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    if config.elastic.micro_batches == "planned":
+        return
+    said = "elastic.micro_batches = 'claimed'"
+    if config.numerics.reduction != "exact":
+        yield (
+            f"{said} with numerics.reduction = 'fast': only exact sums are the same whichever rank "
+            "computes what; set numerics.reduction = 'exact'"
+        )
+    if parallel.shard != "optimizer":
+        yield (
+            f"{said} with parallel.shard = {parallel.shard!r}: replicas that share more compute at "
+            "the same time; set parallel.shard = 'optimizer'"
+        )
+    if parallel.expert > 1:
+        yield (
+            f"{said} with parallel.expert = {parallel.expert}: ranks that share experts compute at "
+            "the same time; set parallel.expert = 1"
+        )
+    if parallel.pipeline > 1:
+        yield (
+            f"{said} with parallel.pipeline = {parallel.pipeline}: stages follow a program that is "
+            "made before the step; set parallel.pipeline = 1"
+        )
+    if config.elastic.slow_ranks == "relieve":
+        yield (
+            f"{said} with elastic.slow_ranks = 'relieve': ranks that claim take by their speed "
+            "already; set elastic.slow_ranks = 'report'"
+        )
+    if config.offload.activations != "none":
+        yield (
+            f"{said} with offload.activations = {config.offload.activations!r}: the amount that "
+            "is offloaded follows a program; set offload.activations = 'none'"
+        )
+    if parallel.backend == "mpi" and not config.elastic.enabled:
+        yield (
+            f"{said} with parallel.backend = 'mpi': claims ask the rendezvous store, which a run "
+            "over MPI alone does not have; set elastic.enabled = true, or another backend"
+        )
+
+
 def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
     if elastic.enabled and (problem := elastic_problem("elastic.enabled = true")):
@@ -439,6 +481,7 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             f"{elastic.heartbeat_timeout_ms}: the time-out must be at least three heartbeats"
         )
     yield from _audits(config)
+    yield from _claims(config)
     if elastic.lighthouse and not _LIGHTHOUSE.fullmatch(elastic.lighthouse):
         yield (
             f"elastic.lighthouse = {shown(elastic.lighthouse)}: must be HOST:PORT or "

@@ -306,6 +306,7 @@ class ChaosConfig(Section, frozen=True):
     step: int
     phase: StepPhase = "compute"
     seconds: float = 60.0
+    factor: float = 3.0
     incarnation: int = 0
 
 
@@ -327,6 +328,9 @@ class ElasticConfig(Section, frozen=True):
     """Seconds without a part in the run after which a node ends."""
     respawn: bool = True
     verify_every: int = 100
+    micro_batches: Literal["planned", "claimed"] = "planned"
+    """How ranks come to their micro-batches: by the plan, or each claims the next when it is free,
+    so that a slow one computes fewer."""
     audit_every: int = 0
     """Steps between those in which a micro-batch is computed by two ranks and compared; 0: none."""
     local_nodes: int = 1
@@ -349,6 +353,9 @@ class ElasticConfig(Section, frozen=True):
     """Steps between two comparisons of all ranks' own times; 0: never."""
     straggler_factor: float = 2.0
     """A rank is reported as slow if its own time is twice in a row this many times the usual."""
+    slow_ranks: Literal["report", "relieve"] = "report"
+    """What follows for ranks that compute slowly: "relieve": micro-batches are divided by measured
+    speeds, once that saves more than the change costs."""
     chaos: list[ChaosConfig] = []
     """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 

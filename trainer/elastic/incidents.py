@@ -21,7 +21,7 @@ from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory, read_events
-from holdfast.trainer.step import Training
+from holdfast.trainer.step import Training, lasting
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class ChangeRecord:
     """The number of steps committed at that time."""
     urgent: bool
     """Whether it interrupted a step."""
+    slowness: tuple[tuple[int, int], ...]
+    """The slow ranks that it knew of."""
     recomputed: int
     """The micro-batches of the interrupted step that are recomputed, over all ranks."""
     digest: str
@@ -72,6 +74,7 @@ def record_of(
         plan=training.plan,
         step=training.progress.decided,
         urgent=urgent,
+        slowness=lasting(training.progress.recent.slowness),
         recomputed=len(training.to_compute(change.recovery.steps)) if replayed else 0,
         digest=digest,
     )
@@ -125,6 +128,7 @@ def _write(files: ChangeFiles, record: ChangeRecord) -> None:
         "total_s": change.total_s,
         "moved_bytes": change.moved_bytes,
         "filled": change.recovery.filled,
+        "slowness": record.slowness,
         "waiting": sorted(_given(record.plan)),
         "placed": sorted(_given(change.plan_before) & _placed(record.plan)),
         "from_checkpoint": change.from_checkpoint,
@@ -135,9 +139,30 @@ def _write(files: ChangeFiles, record: ChangeRecord) -> None:
         path = files.run.incidents / f"generation-{change.after.number:06d}.json"
         files.incidents.put(path, (json.dumps(incident, indent=1) + "\n").encode())
     name = "recovered" if lost else "generation"
-    files.events.extend(
-        [*((event.name, event.fields) for event in found), (name, {**fields, "plan": plan})]
-    )
+    events = [*((event.name, event.fields) for event in found), (name, {**fields, "plan": plan})]
+    if record.plan.slowness != change.plan_before.slowness and not first:
+        events.append(("relieved", _relief(record.plan, record.step)))
+    files.events.extend(events)
+
+
+def _relief(plan: Plan, step: int) -> dict[str, Any]:
+    """The fields of the event that micro-batches are divided by other speeds from now on."""
+    counts = {}
+    for rank in plan.stage_replicas.ranks:
+        at = plan.stage_replicas.find(rank)
+        counts[rank] = 0 if at is None else len(plan.micro_batches_of(at.pipeline, at.data))
+    total = sum(map(len, plan.micro_batches))
+    told = [
+        f"rank {rank} takes {times / 100:g} times as long and computes {counts[rank]} of {total}"
+        for rank, times in plan.slowness
+    ]
+    said = ", ".join(told) or "all ranks have the usual speed again"
+    return {
+        "step": step,
+        "slowness": {rank: times / 100 for rank, times in plan.slowness},
+        "micro_batches": counts,
+        "message": f"micro-batches are divided by speed after step {step}: {said}",
+    }
 
 
 def _incident(

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,11 +26,12 @@ from holdfast.parallel.errors import (
     Undecided,
 )
 from holdfast.parallel.output import DiskWord
-from holdfast.parallel.plan import would_move_experts, would_move_layers
+from holdfast.parallel.plan import would_move_layers
 from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.recovery import CompletedChange, Drives, Recovery
+from holdfast.trainer.elastic.relief import Balance
 from holdfast.trainer.elastic.run_terms import RunTerms
 from holdfast.trainer.elastic.saves import ElasticSaves
 from holdfast.trainer.elastic.session import ElasticSession
@@ -133,8 +135,7 @@ class ElasticLoop:
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
         """The step from which on a change without joining ranks is wanted; see `tidy_step`."""
-        self._uneven_steps = 0
-        """The last steps in a row after which other copies of experts were worth it."""
+        self._balance = Balance(config.elastic)
 
     def run(self) -> None:
         """Train. Collective over all workers.
@@ -155,7 +156,7 @@ class ElasticLoop:
                     return
                 wanted, mine = self._wishes(training, step)
                 outcome = self._session.step(step, change=wanted, leave=mine)
-                self._watch_experts(training)
+                self._balance.after_step(training)
                 sound = self._compare_when_due(step + 1)
                 if sound and self._stops(training, step + 1, outcome):
                     return
@@ -199,13 +200,15 @@ class ElasticLoop:
             wanted = tuple(event for event in wanted if event.kind != "joining")
         mine = any(e.kind == "leaving" and e.identity == self._identity for e in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
-        uneven = self._uneven_steps >= self._config.elastic.expert_steps
-        return bool(wanted) or tidy or uneven, mine
+        return bool(wanted) or tidy or self._balance.wants_change, mine
 
-    def _watch_experts(self, training: Training) -> None:
-        """Count the steps in a row with loads for which experts should have other copies."""
-        moves = would_move_experts(training.plan, training.progress.recent.loads)
-        self._uneven_steps = self._uneven_steps + 1 if moves else 0
+    def _repeat_slowness(self) -> None:
+        """Take the speeds of ranks as the run that this one repeats did at its next change."""
+        training = self._recovery.training
+        if self._history is not None and training is not None:
+            progress = training.progress
+            slow = self._history.slowness_after(progress.decided)
+            progress.recent = replace(progress.recent, slowness=(slow, slow))
 
     def _await_joining(self, training: Training, ranks: frozenset[int]) -> None:
         """Wait for the ranks that joined at this point of the repeated run."""
@@ -236,12 +239,13 @@ class ElasticLoop:
     def _recover(self, *, urgent: bool, leaving: bool = False) -> Training:
         """Agree and recover until there is a sound state. Returns the training to continue with."""
         while True:
+            self._repeat_slowness()
             change = self._recovery.recover(urgent=urgent, leaving=leaving)
             training = self._recovery.training
             if training is None:
                 raise HandedOver("this rank was told to leave, and has handed its state over")
             self._tidy_from = tidy_step(change, training, respawn=self._config.elastic.respawn)
-            self._uneven_steps = 0
+            self._balance.after_change(None if urgent else change.total_s)
             self._session.go_on(change, training)
             sound, interrupted, evaluated = False, False, {}
             try:

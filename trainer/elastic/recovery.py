@@ -265,6 +265,7 @@ class Recovery:
                 redundancy=self._config.elastic.redundancy,
                 recent=self._recent_steps(recovery, store),
                 has_room=room_of(self._config, recovery.rank_bytes),
+                relieves=self._config.elastic.slow_ranks == "relieve",
             )
             edits = drives.clock()
             connection = drives.transport.connect(transition, store)
@@ -373,7 +374,8 @@ class Recovery:
     def _recent_steps(self, recovery: RecoveryPlan, store: Store) -> RecentSteps:
         """What the holders remember of the last steps; the first tells the ranks without state."""
         follows_loads = self._config.parallel.expert_replicas == "auto"
-        remembers = self._config.numerics.spike_window or follows_loads
+        relieves = self._config.elastic.slow_ranks == "relieve"
+        remembers = self._config.numerics.spike_window or follows_loads or relieves
         if not recovery.holders or not remembers:
             return RecentSteps()
         if self.training is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.elastic import Generation
 from holdfast.parallel.plan import (
@@ -16,7 +16,7 @@ from holdfast.parallel.plan import (
     with_shadows,
 )
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
-from holdfast.trainer.step import RecentSteps
+from holdfast.trainer.step import RecentSteps, lasting
 
 WITHIN_STEP = "within a step"
 BETWEEN_STEPS = "between steps"
@@ -62,6 +62,7 @@ def plan_transition(
     redundancy: int,
     recent: RecentSteps = _NONE_RECENT,
     has_room: Callable[[Plan, int], bool] | None = None,
+    relieves: bool = False,
 ) -> Transition:
     """Plan for the ranks of a new generation.
 
@@ -69,9 +70,17 @@ def plan_transition(
         redundancy: the number of shadows of each block.
         recent: what the holders remember of the last steps.
         has_room: whether a rank's memory suffices for a plan; see `Roster.has_room`.
+        relieves: whether slow ranks get less to compute.
     """
+    staying = frozenset(recovery.staying) - recovery.fresh
+    slow = lasting(recent.slowness) if relieves else ()
     roster = Roster(
-        recovery.staying, generation.failure_domains, recovery.fresh, recent.loads, has_room
+        recovery.staying,
+        generation.failure_domains,
+        recovery.fresh,
+        recent.loads,
+        tuple((rank, times) for rank, times in slow if rank in staying),
+        has_room,
     )
     number = generation.number
     # Within a step, layers stay: the sums of moved layers would have to be recomputed.
@@ -92,4 +101,5 @@ def plan_transition(
             redundancy=redundancy,
             move_layers=move_layers,
         )
-    return Transition(generation, recovery, before, after, recent)
+    kept = tuple(tuple(pair for pair in w if pair[0] in staying) for w in recent.slowness)
+    return Transition(generation, recovery, before, after, replace(recent, slowness=kept))

@@ -28,11 +28,10 @@ from holdfast.trainer.reports.offload_metrics import OffloadMetrics, offload_met
 from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.run_console import RunConsole
 from holdfast.trainer.reports.start_facts import start_facts
-from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.step import Outcome, Training, WrongComputation
+from holdfast.trainer.step import Outcome, Straggler, Training, WrongComputation
 from holdfast.trainer.worlds import WorldInfo
 
 

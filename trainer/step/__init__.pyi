@@ -10,6 +10,7 @@ from .build import (
     device_memory as device_memory,
     mark_compilation as mark_compilation,
     open_training as open_training,
+    probe as probe,
 )
 from .construction import (
     hosted_experts as hosted_experts,
@@ -60,9 +61,15 @@ from .training import (
 from .vote import (
     AtPhase as AtPhase,
     Outcome as Outcome,
+    RankTimes as RankTimes,
     RecentSteps as RecentSteps,
     Requests as Requests,
     StepProgress as StepProgress,
+    Straggler as Straggler,
     by_slice as by_slice,
+    find_stragglers as find_stragglers,
+    lasting as lasting,
     no_hook as no_hook,
+    usual_s as usual_s,
+    wants_probe as wants_probe,
 )

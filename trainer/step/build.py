@@ -104,6 +104,10 @@ def _require_device(local_rank: int, count: int) -> None:
         )
 
 
+_PROBE, _PRODUCTS = 256, 8
+"""The size of a probe's matrices, and the number of their products: some milliseconds of a core."""
+
+
 class DeviceMemory(NamedTuple):
     """The memory of a rank's device."""
 
@@ -121,6 +125,14 @@ def device_memory(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         return DeviceMemory(torch.cuda.get_device_properties(device).total_memory)
     return DeviceMemory(machine_memory_bytes(), is_shared=True)
+
+
+def probe(device: torch.device) -> None:
+    """Compute a few products, as a measure of a rank's speed, and wait for them. Local."""
+    value = torch.ones(_PROBE, _PROBE, device=device)
+    for _ in range(_PRODUCTS):
+        value = value @ value / _PROBE
+    value[0, 0].item()
 
 
 def choose_device(config: RunConfig, local_rank: int) -> torch.device:

@@ -64,7 +64,7 @@ class StepInFlight:
         """The notes of layers in an interrupted step that this rank reports again."""
         self._backwards = 0
         self._half = max(1, sum(action.op in _BACKWARDS for action in program) // 2)
-        self._at_half: Callable[[], None] = lambda: None
+        self._before: Callable[[bool], None] = lambda half: None
 
     @property
     def _slices(self) -> Slices:
@@ -74,13 +74,18 @@ class StepInFlight:
     def _inputs(self) -> ExpertInputs | None:
         return None if self._team is None else self._team.inputs
 
-    def begin(self, step: int, at_half: Callable[[], None]) -> bool:
+    def begin(
+        self,
+        step: int,
+        before: Callable[[bool], None] = lambda half: None,
+    ) -> bool:
         """Begin `step`. Returns whether it is an interrupted step whose sums continue.
 
         Args:
-            at_half: called when half of a whole step's backward passes have begun.
+            before: called before each micro-batch's gradients; half of a whole step's backward
+                passes have begun with them, or not.
         """
-        self.step, self._backwards, self._at_half = step, 0, at_half
+        self.step, self._backwards, self._before = step, 0, before
         if self._inputs is not None:
             self._inputs.begin(step)
         if self._interrupted.step == step:
@@ -156,8 +161,7 @@ class StepInFlight:
     def before_gradients(self, micro_batch: int) -> None:
         """Note that a micro-batch's gradients follow."""
         self._backwards += 1
-        if self._backwards == self._half:
-            self._at_half()
+        self._before(self._backwards == self._half)
         self._accumulator.begin_gradients(micro_batch)
 
     def _skipped(self) -> dict[nn.Parameter, set[tuple[int, int]]]:

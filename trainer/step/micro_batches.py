@@ -36,6 +36,16 @@ def training_batch(train: TrainConfig, data: Dataset, step: int, micro_batch: in
     return read.cut(length) if length < train.seq_len else read
 
 
+def attended_share(batch: Batch | None) -> float:
+    """The pairs of queries and keys in a batch's documents, as a share of those in sequences that
+    are one document each; 1 where documents do not matter. Pure.
+    """
+    if batch is None or batch.documents is None:
+        return 1.0
+    sequences, length = batch.tokens.shape
+    return sum(n * n for n in batch.documents.lengths) / (sequences * length * length)
+
+
 class _Known(NamedTuple):
     """A micro-batch, for all chunks of the rank."""
 
@@ -115,6 +125,11 @@ class MicroBatches:
             self.notes.logits if self.training and self._config.optimizer.qk_clip else None,
             self._experts,
         )
+
+    def computed(self) -> tuple[int, float]:
+        """The number of the step's micro-batches that were computed, and their `attended_share`."""
+        batches = [known.batch for number, known in self._known.items() if number >= 0]
+        return len(batches), sum(map(attended_share, batches))
 
     def _read(self, micro_batch: int) -> Batch | None:
         if self._device is None:

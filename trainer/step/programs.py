@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 from torch import nn
@@ -43,6 +44,19 @@ class StepPrograms:
         if self._part[0] != only:
             self._part = only, prepared(self._rank, self.of_rank(only))
         return self._part[1]
+
+    def of_one(self, micro_batch: int) -> Program:
+        """The program of one micro-batch, of any replica; for plans with one stage."""
+        return tuple(replace(action, micro_batch=micro_batch) for action in self._of_first)
+
+    @cached_property
+    def _of_first(self) -> Program:
+        return self.of_rank(self.first)(self._rank)
+
+    @cached_property
+    def first(self) -> frozenset[int]:
+        """The micro-batch that this rank's program begins with; empty: it has none."""
+        return frozenset(action.micro_batch for action in self.whole[0][:1])
 
     @cached_property
     def of_evaluation(self) -> PreparedProgram:

@@ -38,6 +38,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
 from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
+from holdfast.trainer.step.claims import Claims
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -64,12 +65,14 @@ from holdfast.trainer.step.programs import StepPrograms
 from holdfast.trainer.step.state_views import TrainingState, block_numbers
 from holdfast.trainer.step.vote import (
     NO_REQUESTS,
+    TIMES,
     AtPhase,
     BallotFormat,
     Logits,
     Losses,
     Notes,
     Outcome,
+    RankTimes,
     Requests,
     SliceLosses,
     StepProgress,
@@ -78,11 +81,25 @@ from holdfast.trainer.step.vote import (
     judged,
     largest_of,
     loss_slots,
+    micro_batch_work,
     no_hook,
     packed,
     place_of,
+    slowness_of,
+    times_of,
+    usual_s,
     words_of,
 )
+
+_NOT_KNOWN = 1 << 62
+"""As the number of gradients that a parameter is offered: it is not known yet."""
+
+
+def _told(at: AtPhase, step: int, half: bool) -> None:
+    """Tell of a micro-batch's gradients, with which half of a step's may have begun."""
+    at(step, "micro-batch")
+    if half:
+        at(step, "backward")
 
 
 class Training:
@@ -120,6 +137,8 @@ class Training:
             self._validation = open_validation(config)
         self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = self._new_offloader() if before is None else before.offloader
+        self.rank_times: Mapping[int, RankTimes] = {}
+        """The times of all ranks, as the last vote that compared them told."""
         self._is_gathering = False
         """Whether parameters of the last update may be on their way to or from this rank."""
         self.model = self._model_after(before, initial=initial)
@@ -139,16 +158,8 @@ class Training:
         begun, program = self.progress.decided, self._programs.whole[0]
         self._in_flight = StepInFlight(plan, rank, self.model, program, begun, self._team)
         last = len(plan.placement) - 1
-        self._micro_batches = MicroBatches(
-            config,
-            self.data,
-            device,
-            self.model.accumulator.slices,
-            reads=reads_batches(config, self.model.chunks, last),
-            recorder=groups.recorder,
-            experts=self._team,
-        )
-        self._audits = self._new_audits()
+        self._micro_batches = self._new_micro_batches()
+        self._audits, self._claims = self._new_audits(), Claims(plan, rank, groups, device)
         self._runners = new_runners(
             self.model,
             last,
@@ -160,6 +171,18 @@ class Training:
             config, self._runners, plan, rank, groups, device, self.offloader
         )
         self._start(begun, self.data, training=True)
+
+    def _new_micro_batches(self) -> MicroBatches:
+        config, model = self.config, self.model
+        return MicroBatches(
+            config,
+            self.data,
+            self.device,
+            model.accumulator.slices,
+            reads=reads_batches(config, model.chunks, len(self.plan.placement) - 1),
+            recorder=self.groups.recorder,
+            experts=self._team,
+        )
 
     def _new_audits(self) -> StepAudits:
         config = self.config
@@ -301,11 +324,13 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
+        if self._claims_in(step):
+            return self._compute_claimed(step, at)
         if self._audits.is_due(step) and not self._in_flight.resumes(step):
-            self._in_flight.begin(step, lambda: None)
+            self._in_flight.begin(step)
             self._audits.begin(step, self._micro_batches_of(step))
         only, lost = self._only_of(step), list[LostGradient]()
-        if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
+        if self._in_flight.begin(step, partial(_told, at, step + 1)):
             only = self.to_compute(step)
             lost = self._in_flight.lost_gradients(only)
         offers = self._programs.offers(only, lost)
@@ -318,6 +343,35 @@ class Training:
                 return self.executor.run(*self._programs.of(only))
             except OffloadError as error:
                 return self._go_on_in_memory(step, error)
+
+    def _claims_in(self, step: int) -> bool:
+        """Whether ranks claim the micro-batches of a step, and do not compute by the plan."""
+        asked = self.config.elastic.micro_batches == "claimed"
+        planned = self._audits.is_due(step) or self._in_flight.resumes(step)
+        return asked and not planned
+
+    def _compute_claimed(self, step: int, at: AtPhase) -> ActionTimes:
+        """Compute what this rank claims. See `Claims`."""
+        claims, programs = self._claims, self._programs
+        of_one = programs.offers(programs.first)
+        last = False
+
+        def before(half: bool) -> None:
+            """See whether these gradients are this rank's last, whose sums may leave."""
+            nonlocal last
+            _told(at, step + 1, half)
+            if not last and claims.is_last():
+                last = True
+                self.optimizer.go_on(of_one)
+
+        self._in_flight.begin(step, before)
+        self.optimizer.begin_step(
+            dict.fromkeys(of_one, _NOT_KNOWN), lambda: at(step + 1, "exchange")
+        )
+        times = ActionTimes()
+        for number in claims.step(self._only_of(step)):
+            times.extend(self.executor.run(programs.of_one(number), {}))
+        return times
 
     def _compute_apart(self, plan: Plan, begun: bool) -> None:
         """Run the program of a plan without effect on the step.
@@ -387,7 +441,7 @@ class Training:
         included = self._included_here()
         self._in_flight.resume(step, included, self._in_flight)
         self._start(step, self.data, training=True)
-        self._in_flight.begin(step, lambda: None)
+        self._in_flight.begin(step)
         missing = self.to_compute(step)
         self.optimizer.go_on(self._programs.offers(missing))
         return self.executor.run(*self._programs.of(missing))
@@ -462,11 +516,20 @@ class Training:
         self.groups.recorder.blocked_s += perf_counter() - since
         return found
 
-    def vote(self, squares: Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
+    def vote(
+        self,
+        squares: Tensor,
+        flags: int,
+        requests: Requests = NO_REQUESTS,
+        times: RankTimes | None = None,
+    ) -> Outcome:
         """C: all-reduce the gradient norm and the loss. Collective over all ranks.
 
         A rank votes only with all the gradients that it owns, and with no state under way. So any
         rank with the result of the vote knows that all ranks can apply the step.
+
+        Args:
+            times: this rank's, in a step that compares those of all ranks; see `rank_times`.
         """
         if self.background_transfer is not None:
             requests = replace(requests, filling=not self.background_transfer.pause())
@@ -490,13 +553,27 @@ class Training:
             (len(outputs), outputs.shape[1]),
             kinds,
             0 if bit_sums is None else len(self.plan.layers),
+            0 if times is None else self.plan.stage_replicas.size,
         )
         logits = self._largest_logits(notes.logits)
         summed = ballot.pack(
-            squares, slots, flags, requests, parameters, notes.loads, outputs, bit_sums
+            squares,
+            slots,
+            flags,
+            requests,
+            parameters,
+            notes.loads,
+            outputs,
+            bit_sums,
+            None if times is None else self._row_of(times),
         )
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self._micro_batches.predicted)
+        if times is not None:
+            self.rank_times = times_of(ballot.times(summed), self.plan.stage_replicas.ranks)
+            outcome = replace(outcome, slowness=slowness_of(self.plan, self.rank_times))
+            own_work = micro_batch_work(self.plan, self.rank)
+            self._claims.pace.of_all_s = usual_s(self.rank_times) * own_work
         outcome = replace(outcome, logits=logits)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)
         if not outcome.usable:
@@ -506,6 +583,21 @@ class Training:
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
+
+    def work_done(self) -> float:
+        """The operations of this rank's forward passes in the step so far. Local.
+
+        See `micro_batch_work`.
+        """
+        count, attended = self._micro_batches.computed()
+        whole, linear = (micro_batch_work(self.plan, self.rank, share) for share in (1.0, 0.0))
+        return linear * count + (whole - linear) * attended
+
+    def _row_of(self, times: RankTimes) -> Tensor:
+        ranks = self.plan.stage_replicas.ranks
+        rows = torch.zeros(len(ranks), TIMES, dtype=torch.float64)
+        rows[ranks.index(self.rank)] = torch.tensor([*times.phases, times.work, times.probe_s])
+        return rows
 
     def _bit_sums(self) -> Tensor:
         count = len(self.plan.layers)

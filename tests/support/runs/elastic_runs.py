@@ -37,6 +37,10 @@ is.
 Process = subprocess.Popen[str] | ForkedCommand
 
 
+Undisturbed = Callable[..., dict[str, Any]]
+"""(sections) -> what a run of fixed ranks gives."""
+
+
 @dataclass
 class ElasticRun:
     """One run of the command in a folder of its own."""

@@ -7,20 +7,18 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.diff import diff_checkpoints
 from support.processes.cluster import Cluster
 from support.runs.commands import holdfast
-from support.runs.elastic_runs import Starter, bits_of, fault, pace, random_kills
-from support.runs.small_runs import make_config, run_in, run_training
+from support.runs.elastic_runs import Starter, Undisturbed, fault, pace, random_kills
+from support.runs.small_runs import make_config, run_in
 
 pytestmark = [pytest.mark.mp]
 
@@ -36,23 +34,6 @@ LAYOUTS = [
     {"data": 1, "pipeline": 3, "blocks_per_chunk": [1, 1, 2]},
     {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "blocks_per_chunk": [0, 1, 1, 2]},
 ]
-
-Undisturbed = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> Undisturbed:
-    """What a run of fixed ranks with these sections gives; each is trained once."""
-    found: dict[bytes, dict[str, Any]] = {}
-
-    def bits(**sections: dict[str, Any]) -> dict[str, Any]:
-        config = make_config(**sections)
-        key = msgspec.json.encode(config)
-        if key not in found:
-            found[key] = bits_of(run_training(cluster, config))
-        return found[key]
-
-    return bits
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(map(str, v.values())))

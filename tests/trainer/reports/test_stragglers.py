@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from hypothesis import given, strategies as st
 
 from holdfast.parallel.layout.mesh import AXES, Mesh
@@ -13,7 +12,14 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.schedules import TIMED_PHASES
-from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of
+from holdfast.trainer.reports.stragglers import PhaseClock
+from holdfast.trainer.step.vote.slowness import (
+    RankTimes,
+    find_stragglers,
+    lasting,
+    slowness_of,
+    work_of,
+)
 from support.runs.plans import small_layers
 
 
@@ -29,10 +35,16 @@ def plan_of(data: int, pipeline: int, tensor: int = 1) -> Plan:
     )
 
 
-def usual(plan: Plan, rank: int, per_work: float = 1.0) -> list[float]:
+def usual(plan: Plan, rank: int, per_work: float = 1.0) -> RankTimes:
     """Times of a rank that works at the common speed, most of them spent computing."""
-    most = work_of(plan, rank) / max(work_of(plan, other) for other in plan.stage_replicas.ranks)
-    return [per_work * most * share for share in (0.8, 0.1, 0.0, 0.1)]
+    work = work_of(plan, rank)
+    most = work / max(work_of(plan, other) for other in plan.stage_replicas.ranks)
+    return RankTimes(tuple(per_work * most * share for share in (0.8, 0.1, 0.0, 0.1)), work)
+
+
+def times_by(factor: float, times: RankTimes) -> RankTimes:
+    """The same work in a multiple of the time."""
+    return RankTimes(tuple(factor * t for t in times.phases), times.work)
 
 
 @given(
@@ -49,11 +61,12 @@ def test_the_slow_rank_is_found_and_nobody_else(
     phase = data.draw(st.sampled_from(range(len(TIMED_PHASES))))
     noise = {rank: data.draw(st.floats(0.85, 1.15)) for rank in plan.stage_replicas.ranks}
     times = {
-        rank: [noise[rank] * t for t in usual(plan, rank, step_s)]
-        for rank in plan.stage_replicas.ranks
+        rank: times_by(noise[rank], usual(plan, rank, step_s)) for rank in plan.stage_replicas.ranks
     }
     assert find_stragglers(plan, times, 2.0) == []
-    times[slow][phase] += 1.4 * (slowness - 1) * sum(usual(plan, slow, step_s))
+    longer = list(times[slow].phases)
+    longer[phase] += 1.4 * (slowness - 1) * sum(usual(plan, slow, step_s).phases)
+    times[slow] = RankTimes(tuple(longer), times[slow].work)
     (found,) = find_stragglers(plan, times, 2.0)
     assert (found.rank, found.phase) == (slow, TIMED_PHASES[phase])
     assert found.ratio > 2.0
@@ -79,7 +92,10 @@ def test_a_rank_of_a_smaller_replica_is_not_slow_because_it_has_more_of_each_mic
     # A micro-batch takes two ranks twice as long as four, and one rank four times.
     shards = {0: 2, 2: 2, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
     times = {
-        rank: [counts.get(rank, counts[0 if rank < 4 else 4]) / of, 0.0, 0.0, 0.0]
+        rank: RankTimes(
+            (counts.get(rank, counts[0 if rank < 4 else 4]) / of, 0.0, 0.0, 0.0),
+            work_of(plan, rank),
+        )
         for rank, of in shards.items()
     }
     assert find_stragglers(plan, times, 1.2) == []
@@ -87,24 +103,37 @@ def test_a_rank_of_a_smaller_replica_is_not_slow_because_it_has_more_of_each_mic
 
 def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:
     alone = plan_of(1, 1)
-    assert find_stragglers(alone, {0: [9.0, 0, 0, 0]}, 2.0) == []
+    assert find_stragglers(alone, {0: RankTimes((9.0, 0, 0, 0), 1.0)}, 2.0) == []
     two = plan_of(2, 1)
-    short = {0: [0.0001, 0, 0, 0], 1: [0.001, 0, 0, 0]}
+    short = {0: RankTimes((0.0001, 0, 0, 0), 1.0), 1: RankTimes((0.001, 0, 0, 0), 1.0)}
     assert find_stragglers(two, short, 2.0) == []
+
+
+def test_slow_is_what_computes_less_in_a_time_and_not_what_has_longer_documents() -> None:
+    plan = plan_of(4, 1)
+    times = {rank: usual(plan, rank) for rank in range(4)}
+    claimed = {**times, 2: RankTimes(times[2].phases, times[2].work / 3)}
+    assert slowness_of(plan, claimed) == ((2, 300),)
+    assert [s.rank for s in find_stragglers(plan, claimed, 2.0)] == [2]
+    compute, *others = times[2].phases
+    longer = {**times, 2: RankTimes((3 * compute, *others), 3 * times[2].work)}
+    assert slowness_of(plan, longer) == ()
+    assert find_stragglers(plan, longer, 2.0) == []
+
+
+def test_slow_ranks_were_slow_twice_running_and_as_slow_as_they_were_at_least() -> None:
+    assert lasting([((1, 300),)]) == ()
+    assert lasting([((1, 300), (2, 150)), ((1, 200), (3, 400))]) == ((1, 200),)
+    assert lasting([((1, 300),), ()]) == ()
 
 
 def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> None:
     now = 0.0
     recorder = SimpleNamespace(blocked_s=0.0)
     plan = plan_of(2, 1)
-    others = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
-
-    def all_reduce(matrix: torch.Tensor) -> Any:
-        matrix[1] += others  # what the other rank adds
-        return SimpleNamespace(wait=lambda: None)
-
-    groups = SimpleNamespace(recorder=recorder, control=SimpleNamespace(all_reduce=all_reduce))
-    training: Any = SimpleNamespace(groups=groups, plan=plan, rank=0)
+    groups = SimpleNamespace(recorder=recorder)
+    done = work_of(plan, 0)
+    training: Any = SimpleNamespace(groups=groups, plan=plan, rank=0, work_done=lambda: done)
     clock = PhaseClock(clock=lambda: now)
     reported = []
     for compute_s, blocked_s in ((9.0, 0.0), (9.0, 8.0), (9.0, 0.0), (9.0, 0.0), (9.0, 0.0)):
@@ -115,6 +144,8 @@ def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> Non
         for phase in (1, 2, 3):
             now += 0.1
             clock.end(training, phase)
+        own = clock.times(training)
+        training.rank_times = {0: own, 1: RankTimes((1.0, 0.1, 0.1, 0.1), done)}
         found = clock.compare(training, 2.0)
         reported.append([(s.rank, s.phase, round(s.own_s, 6)) for s in found])
     assert reported == [[], [], [], [(0, "compute", 9.3)], []]

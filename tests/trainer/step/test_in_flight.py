@@ -78,7 +78,7 @@ class Rank:
         return StepInFlight(self.plan, self.rank, self.model, program, 7)
 
     def begin(self, step: int) -> bool:
-        return self.step.begin(step, lambda: self.halves.append(step))
+        return self.step.begin(step, lambda half: self.halves.append(step) if half else None)
 
     def backward(self, micro_batch: int, parameters: list[nn.Parameter] | None = None) -> None:
         self.step.before_gradients(micro_batch)

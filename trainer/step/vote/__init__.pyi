@@ -24,6 +24,19 @@ from .progress import (
     StepProgress as StepProgress,
     no_hook as no_hook,
 )
+from .slowness import (
+    TIMES as TIMES,
+    RankTimes as RankTimes,
+    Slowness as Slowness,
+    Straggler as Straggler,
+    find_stragglers as find_stragglers,
+    lasting as lasting,
+    micro_batch_work as micro_batch_work,
+    slowness_of as slowness_of,
+    times_of as times_of,
+    usual_s as usual_s,
+    wants_probe as wants_probe,
+)
 from .spikes import (
     judged as judged,
 )

@@ -3,7 +3,8 @@
 The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
 in its slot, and one count per entry of `MARKS`; in steps whose norms are noted (log.norms_every)
 then the square sums of the blocks' parameters, and the sizes of layers' outputs (notes.py); in
-steps whose digests are written (log.digests_every) the words of sums of bits. One rank fills a slot
+steps whose digests are written (log.digests_every) the words of sums of bits; in steps that compare
+the times of ranks (elastic.straggler_every) a row of numbers for each. One rank fills a slot
 and all others have zero there, or all have whole numbers, so sums are exact.
 """
 
@@ -21,6 +22,7 @@ from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squar
 from holdfast.parallel.pipeline import Passage
 from holdfast.trainer.step.vote.notes import Loads, sizes
 from holdfast.trainer.step.vote.progress import Outcome, Requests
+from holdfast.trainer.step.vote.slowness import TIMES
 
 Losses = Mapping[Passage, Tensor]
 """The loss sums of what has passed the last chunk: float64[own slices], or a scalar for the only
@@ -58,6 +60,8 @@ class BallotFormat:
     """The losses of each slice."""
     digested: int = 0
     """In a step whose digests are written, the layers of the model."""
+    timed: int = 0
+    """In a step that compares the times of ranks, the number of ranks."""
 
     def pack(
         self,
@@ -69,9 +73,10 @@ class BallotFormat:
         loads: Loads | None = None,
         outputs: Tensor | None = None,
         bit_sums: Tensor | None = None,
+        times: Tensor | None = None,
     ) -> Tensor:
         """This rank's tensor: float64[squares + losses + len(MARKS)], `squares` and `outputs` more
-        for norms, `bit_sums` for digests, and one for each expert of each layer.
+        for norms, `bit_sums` for digests, `times`, and one for each expert of each layer.
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
@@ -81,6 +86,7 @@ class BallotFormat:
             loads: those that this rank reports.
             outputs: float64[outputs], in a step whose norms are noted.
             bit_sums: `words_of` this rank's, in a step whose digests are written.
+            times: float64[timed, TIMES], zero but for this rank's row, in a step that compares.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
         marks |= {name: getattr(requests, name) for name in REQUESTS}
@@ -88,9 +94,14 @@ class BallotFormat:
         of_experts = torch.zeros(self.experts, dtype=torch.float64)
         for key, load in (loads or {}).items():
             of_experts[key.layer] += load.to(of_experts)
-        further = (parameters, outputs, bit_sums)
+        further = (parameters, outputs, bit_sums, times)
         norms = [noted.flatten() for noted in further if noted is not None]
         return torch.cat([squares, losses, counts, *norms, of_experts.flatten()])
+
+    def times(self, summed: Tensor) -> list[list[float]]:
+        """The times of all ranks in the sum of all tensors: `timed` rows of `TIMES` numbers."""
+        stop = len(summed) - prod(self.experts)
+        return summed[stop - self.timed * TIMES : stop].view(self.timed, TIMES).tolist()
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
         """The outcome of the sum of all ranks' tensors; equal on all ranks, bit for bit.

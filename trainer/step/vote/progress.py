@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 from msgspec import Meta
 
 from holdfast.parallel.schedules import StepPhase
+from holdfast.trainer.step.vote.slowness import Slowness
 
 _Numbers = Annotated[tuple[float, ...], Meta(max_length=4096)]
 _Loads = tuple[tuple[int, ...], ...]
@@ -83,6 +84,9 @@ class Outcome:
     """Of each layer, the weighted sums modulo 2**64 of the bits of its gradients before clipping
     and of its parameters before the update; empty: they were not asked for."""
 
+    slowness: Slowness | None = None
+    """The ranks that compute slowly; None: the step does not compare them."""
+
     @property
     def has_numbers(self) -> bool:
         """Whether the loss and norm are those of a sound step, which is applied or is a spike."""
@@ -106,6 +110,8 @@ class RecentSteps:
     loads: _Loads = ()
     """Of each layer, the choices of each of its experts, of which each further step forgets an
     eighth; not part of checkpoints."""
+    slowness: tuple[Slowness, ...] = ()
+    """The slow ranks at each of the last two comparisons; not part of checkpoints."""
 
     def after(self, outcome: Outcome, window: int) -> RecentSteps:
         """These after one more step.
@@ -114,6 +120,8 @@ class RecentSteps:
             window: the number of steps that are remembered; 0: none.
         """
         recent = replace(self, loads=_added(self.loads, outcome.loads))
+        if outcome.slowness is not None:
+            recent = replace(recent, slowness=(*self.slowness, outcome.slowness)[-2:])
         if not window or not outcome.has_numbers:
             return recent
         return replace(

@@ -202,9 +202,12 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
         stragglers = parts.clock.compare(training, elastic.straggler_factor)
+        links = parts.clock.links.compare(training, elastic.slow_link_factor)
         with training.busy("report"):
             for straggler in stragglers:
                 reporter.straggler(step + 1, straggler)
+            for link in links:
+                reporter.slow_link(step + 1, link)
     with training.busy("report"):
         if outcome.has_numbers:
             reporter.step(step, outcome, lr, timer.spans, times, evaluated)

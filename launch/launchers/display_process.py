@@ -218,7 +218,7 @@ class _RunView:
         elif name == "checkpoint_failed":
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
-        elif name in ("resume_note", "straggler", "wrong_computation") or (
+        elif name in ("resume_note", "slow_link", "straggler", "wrong_computation") or (
             name == "data_opened" and not line["step"]
         ):
             note(line["message"])

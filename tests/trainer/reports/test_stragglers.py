@@ -95,7 +95,7 @@ def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:
 
 def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> None:
     now = 0.0
-    recorder = SimpleNamespace(blocked_s=0.0)
+    recorder = SimpleNamespace(blocked_s=0.0, begin_window=lambda: 0)
     plan = plan_of(2, 1)
     others = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
 

@@ -40,6 +40,7 @@ from .tags import (
 )
 from .timings import (
     SlowLink as SlowLink,
+    Window as Window,
     delays as delays,
     probe as probe,
     slow_links as slow_links,

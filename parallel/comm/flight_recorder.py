@@ -232,6 +232,8 @@ class MessageEnd:
     """The time at which the rank saw its end."""
     is_bound: bool
     """Whether it may have ended earlier: the rank did not have to wait for it."""
+    by_device: bool = False
+    """Whether the span was measured by the device, so that it has a length and no place in time."""
 
 
 _BLOCKED_S = 1e-4
@@ -263,6 +265,8 @@ class FlightRecorder:
         self._newest = 0
         self._turns: dict[tuple[int, str, int, int], int] = {}
         self._turn_of = [0] * slots
+        self._device_s: dict[int, float] = {}
+        """By number, what the device says that operations took."""
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
         """Seconds that the recorder's own thread has waited on the host for operations."""
@@ -384,8 +388,12 @@ class FlightRecorder:
 
         Ranks do so at the same place of their programs, so that both ends of a message count alike.
         """
-        self._turns = {}
+        self._turns, self._device_s = {}, {}
         return self._newest
+
+    def timed(self, number: int, seconds: float) -> None:
+        """Record what an operation took by the device's clock. From the recorder's own thread."""
+        self._device_s[number] = seconds
 
     def message_ends(self, since: int, least_bytes: int) -> list[MessageEnd]:
         """The ended messages of a window that the ring still has, oldest first. Local.
@@ -406,6 +414,9 @@ class FlightRecorder:
             if outcome != 1 or size < least_bytes or _DIRECTIONS[direction] == "collective":
                 continue
             _, started_s, waited_s, finished_s = times
+            device_s = self._device_s.get(number)
+            if device_s is not None:
+                started_s = finished_s - device_s
             took_s = finished_s - started_s
             turn = self._turn_of[slot] if tag < COLLECTIVES.first else 0
             found.append(
@@ -418,7 +429,10 @@ class FlightRecorder:
                     size,
                     started_s,
                     finished_s,
-                    took_s > _SHORT_S and not finished_s - waited_s > _BLOCKED_S,
+                    device_s is None
+                    and took_s > _SHORT_S
+                    and not finished_s - waited_s > _BLOCKED_S,
+                    device_s is not None,
                 )
             )
         return found

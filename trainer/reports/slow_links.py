@@ -12,7 +12,7 @@ import logging
 from dataclasses import replace
 from time import perf_counter
 
-from holdfast.parallel.comm import SlowLink, delays, probe, slow_links, window_of
+from holdfast.parallel.comm import SlowLink, Window, delays, probe, slow_links, window_of
 from holdfast.trainer.step import Training
 
 _LEAST_S = 0.002
@@ -32,6 +32,8 @@ class LinkClock:
     def __init__(self) -> None:
         self._since: int | None = None
         self._steps = 0
+        self._shares_clock = False
+        """Whether all ranks are on one machine, as the last window has shown."""
         self._suspects = False
         """Whether something seemed slow in the last window."""
         self._trial_s = 0.0
@@ -57,9 +59,7 @@ class LinkClock:
         """
         groups, steps = training.groups, max(1, self._steps)
         with training.busy("compare"):
-            found = window_of(
-                groups.control, groups.recorder, self._since or 0, training.rank, self._trial_s
-            )
+            found = self._window(training, self._since or 0)
             self._spared_s += steps * found.step_s
             least_s = max(_LEAST_S, _LEAST_SHARE * found.step_s)
             slow = [
@@ -75,6 +75,20 @@ class LinkClock:
         self._since = groups.recorder.begin_window()
         return news
 
+    def _window(self, training: Training, since: int) -> Window:
+        """What all ranks know of their messages. Collective."""
+        groups = training.groups
+        found = window_of(
+            groups.control,
+            groups.recorder,
+            since,
+            training.rank,
+            trial_s=self._trial_s,
+            shares_clock=self._shares_clock,
+        )
+        self._shares_clock = found.shares_clock
+        return found
+
     def _tried(
         self, training: Training, suspected: list[SlowLink], factor: float, steps: int
     ) -> list[SlowLink]:
@@ -85,7 +99,7 @@ class LinkClock:
         since = groups.recorder.begin_window()
         probe(groups.world, edges, training.device)
         self._trial_s, self._spared_s = perf_counter() - began_s, 0.0
-        found = window_of(groups.control, groups.recorder, since, training.rank, self._trial_s)
+        found = self._window(training, since)
         excess_s = max(link.excess_s for link in suspected) / steps
         slow = slow_links(delays(found.messages), factor)
         if not slow:

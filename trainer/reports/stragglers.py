@@ -173,7 +173,7 @@ class PhaseClock:
         times = {rank: row[:-2] for rank, row in rows.items()}
         slow = find_stragglers(plan, times, factor)
         found = {straggler.rank for straggler in slow}
-        slow += [s for s in _others_wait_for(plan, rows) if s.rank not in found]
+        slow += [s for s in others_wait_for(plan, rows) if s.rank not in found]
         again = frozenset(s.rank for s in slow) & self._suspected
         news = [s for s in slow if s.rank in again - self._told]
         self._suspected = frozenset(s.rank for s in slow)
@@ -181,8 +181,8 @@ class PhaseClock:
         return news
 
 
-def _others_wait_for(plan: Plan, rows: Mapping[int, Sequence[float]]) -> list[Straggler]:
-    """The ranks that others of the same work wait for.
+def others_wait_for(plan: Plan, rows: Mapping[int, Sequence[float]]) -> list[Straggler]:
+    """The ranks that others of the same work wait for, though they take little longer. Pure.
 
     Args:
         rows: by rank, its seconds by phase, the noise of their sum, and what it waited.

@@ -1,10 +1,5 @@
 from .matrix import (
-    Delay as Delay,
-    Edge as Edge,
     delays as delays,
-)
-from .messages import (
-    TimedMessage as TimedMessage,
 )
 from .probe import (
     probe as probe,
@@ -14,5 +9,6 @@ from .slow_links import (
     slow_links as slow_links,
 )
 from .window import (
+    Window as Window,
     window_of as window_of,
 )

@@ -72,4 +72,7 @@ def probe(world: Communicator, edges: Iterable[Edge], device: torch.device) -> N
                     world.receive(taken, source, tag).wait()
                 if sends:
                     world.send(own, target, tag).wait()
+                if device.type == "cuda":  # whose handles do not block the host
+                    torch.cuda.synchronize(device)
                 number += 1
+    world.history()  # has a device's transport note what has ended

@@ -38,7 +38,7 @@ _ALL_ROWS = 1 << 16
 """Of all ranks together, so that many ranks tell less each."""
 _COLUMNS = 5
 _STANDS_BITS, _PEER_BITS = 20, 24
-_TURNS = 4
+_TURNS = 2
 """Short messages by which clocks are compared."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -53,6 +53,8 @@ class Window:
     """The usual length of a step, on the median rank."""
     trial_s: float
     """What the last trial of links took, on the slowest rank."""
+    shares_clock: bool
+    """Whether all ranks are on one machine."""
 
 
 def rows_of(ranks: int) -> int:
@@ -92,7 +94,7 @@ def table_of(
                 hash((kind, end.tag, end.turn, *path)),
                 int(end.began_s * 1e9),
                 max(1, int((end.ended_s - end.began_s) * 1e9)),
-                ((kind << _PEER_BITS | peer) << 1 | is_send) << 1 | end.is_bound,
+                (kind << _PEER_BITS | peer) << 3 | is_send << 2 | end.by_device << 1 | end.is_bound,
                 end.bytes << _STANDS_BITS | stands,
             ]
             for end in told
@@ -163,10 +165,10 @@ def joined(tables: Tensor, ranks: Sequence[int]) -> Window:
     ends = tables[:, 1:].reshape(-1, _COLUMNS)
     ends = ends[ends[:, 2] > 0]
     # The source's end of a message before the destination's.
-    is_send = ends[:, 3] >> 1 & 1
+    is_send = ends[:, 3] >> 2 & 1
     ends = ends[torch.argsort(1 - is_send, stable=True)]
     ends = ends[torch.argsort(ends[:, 0], stable=True)]
-    is_send = ends[:, 3] >> 1 & 1
+    is_send = ends[:, 3] >> 2 & 1
     pairs = (ends[1:, 0] == ends[:-1, 0]) & (is_send[:-1] == 1) & (is_send[1:] == 0)
     at = pairs.nonzero().flatten()
     messages = [
@@ -174,7 +176,8 @@ def joined(tables: Tensor, ranks: Sequence[int]) -> Window:
         for sent, taken in zip(ends[at].tolist(), ends[at + 1].tolist(), strict=True)
     ]
     trial_s = max(head[4] for head in heads) / 1e9
-    return Window(messages, steps[len(steps) // 2] / 1e9, trial_s)
+    shares_clock = len({near.machine for near in ring}) == 1
+    return Window(messages, steps[len(steps) // 2] / 1e9, trial_s, shares_clock)
 
 
 def _message(
@@ -184,36 +187,47 @@ def _message(
     machines: dict[int, int],
 ) -> TimedMessage:
     """A message from the rows of its source and of its destination."""
-    destination, source = (row[3] >> 2 & (1 << _PEER_BITS) - 1 for row in (sent, taken))
+    destination, source = (row[3] >> 3 & (1 << _PEER_BITS) - 1 for row in (sent, taken))
     near = "near" if machines[source] == machines[destination] else "far"
     # Times from the posting of the receive, so that large numbers of nanoseconds lose no digits.
     ready_s = (sent[1] - taken[1]) / 1e9 + offsets[destination] - offsets[source]
+    took_s = taken[2] / 1e9
+    # Both ends of a transfer between devices end together: the shorter span is that of the later.
+    by_device = sent[3] & taken[3] & 2
+    seconds = min(took_s, sent[2] / 1e9) if by_device else moved_s(ready_s, 0.0, took_s)
     return TimedMessage(
         source,
         destination,
-        f"{taken[3] >> 2 + _PEER_BITS:08x} {near}",
+        f"{taken[3] >> 3 + _PEER_BITS:08x} {near}",
         taken[4] >> _STANDS_BITS,
-        moved_s(ready_s, 0.0, taken[2] / 1e9),
+        seconds,
         is_bound=bool(taken[3] & 1),
         stands_for=(taken[4] & (1 << _STANDS_BITS) - 1) / 16,
     )
 
 
 def window_of(
-    control: Communicator, recorder: FlightRecorder, since: int, rank: int, trial_s: float = 0.0
+    control: Communicator,
+    recorder: FlightRecorder,
+    since: int,
+    rank: int,
+    *,
+    trial_s: float = 0.0,
+    shares_clock: bool = False,
 ) -> Window:
     """The messages since `FlightRecorder.begin_window`. Collective over all ranks.
 
     Args:
         since: the result of that call, which all ranks made at the same place.
         trial_s: what the last trial of links took on this rank.
+        shares_clock: whether an earlier window of the same ranks has shown that they share one.
     """
     ends = recorder.message_ends(since, LEAST_BYTES)
     table = table_of(
         rank,
         ends,
         rows_of(control.size),
-        near=compare_clocks(control),
+        near=NeighbourTimes(_machine(), 0, 0) if shares_clock else compare_clocks(control),
         step_s=recorder.median_step_s,
         trial_s=trial_s,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,13 @@ def test_a_message_moves_from_the_later_of_both_ends_until_its_destination_sees_
     assert window.step_s == 1.5
 
 
+def test_of_two_spans_by_devices_the_shorter_is_that_of_the_message() -> None:
+    sent = [replace(end(1, is_send=True, began_s=5.0, ended_s=5.25), by_device=True)]
+    taken = [replace(end(0, is_send=False, began_s=80.0, ended_s=83.0), by_device=True)]
+    (moved,) = joined(tables(sent, taken), (0, 1)).messages
+    assert moved.seconds == 0.25
+
+
 @given(st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=6), st.data())
 def test_clocks_of_machines_are_compared_by_messages_both_ways(
     offsets: list[float], data: st.DataObject
@@ -318,6 +326,13 @@ def test_the_recorder_tells_the_ends_of_a_window_with_their_turns() -> None:
         (8, 0, 1, True),
     ]
     assert all(e.ended_s >= e.began_s and not e.is_bound for e in found)
+    number = recorder.post(group, "send", "send", 1, 4096, 9)
+    recorder.started(number)
+    recorder.finished(number)
+    recorder.timed(number, 2.5)
+    last = recorder.message_ends(since, 1024)[-1]
+    assert last.by_device
+    assert last.ended_s - last.began_s == pytest.approx(2.5)
     for _ in range(9):
         post(9)
     assert len(recorder.message_ends(since, 1024)) == 8

@@ -45,14 +45,14 @@ CONFIG = {
     "model": {
         "family": "llama",
         "layers": 4,
-        "hidden": 128,
-        "intermediate": 512,
+        "hidden": 96,
+        "intermediate": 384,
         "heads": 4,
         "vocab": 256,
     },
-    "train": {"steps": 15, "seq_len": 16, "global_batch": 4, "micro_batch": 1, "device": "cpu"},
+    "train": {"steps": 32, "seq_len": 16, "global_batch": 4, "micro_batch": 1, "device": "cpu"},
     "parallel": {"data": RANKS},
-    "elastic": {"straggler_every": 3},
+    "elastic": {"straggler_every": 8},
     "optimizer": {"block_elements": 1 << 17},
 }
 Place = tuple[str, str, int]
@@ -112,6 +112,7 @@ def try_links(rank: int, size: int, _: Any, *, at: Sequence[Place]) -> Any:
     since = groups.recorder.begin_window()
     probe(groups.world, [(SLOW, AFTER)], torch.device("cpu"))
     window = window_of(groups.control, groups.recorder, since, rank)
+    assert window.shares_clock
     groups.world.barrier()
     found = delays(window.messages)
     told = [(link.side, link.source, link.destination) for link in slow_links(found, 1.5)]

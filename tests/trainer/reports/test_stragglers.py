@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, strategies as st
 
@@ -13,7 +14,13 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.schedules import TIMED_PHASES
-from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of
+from holdfast.trainer.reports.stragglers import (
+    PhaseClock,
+    find_stragglers,
+    others_wait_for,
+    waited_for,
+    work_of,
+)
 from support.runs.plans import small_layers
 
 
@@ -93,11 +100,34 @@ def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:
     assert find_stragglers(two, short, 2.0) == []
 
 
+def test_among_many_ranks_the_one_that_waits_least_is_slow_by_little() -> None:
+    own_s = {rank: 1.0 + rank / 1000 for rank in range(8)} | {3: 1.1}
+    noise_s = dict.fromkeys(own_s, 0.01)
+    waited_s = {rank: 0.5 + rank / 1000 for rank in own_s} | {3: 0.1}
+    assert waited_for(own_s, noise_s, waited_s) == [3]
+    assert waited_for({**own_s, 3: 1.04}, noise_s, waited_s) == []
+    assert waited_for(own_s, dict.fromkeys(own_s, 0.02), waited_s) == []
+    assert waited_for(own_s, noise_s, {**waited_s, 3: 0.5}) == []
+    few = range(1, 8)
+    assert waited_for({r: own_s[r] for r in few}, noise_s, {r: waited_s[r] for r in few}) == []
+
+
+def test_a_rank_that_others_wait_for_is_reported_with_the_phase_that_takes_longer() -> None:
+    plan = plan_of(12, 1)
+    rows = {rank: [*usual(plan, rank), 0.001, 0.5 + rank / 1000] for rank in range(12)}
+    assert others_wait_for(plan, rows) == []
+    rows[5] = [*usual(plan, 5), 0.001, 0.2]
+    rows[5][1] += 0.15
+    (found,) = others_wait_for(plan, rows)
+    assert (found.rank, found.phase) == (5, TIMED_PHASES[1])
+    assert found.ratio == pytest.approx(1.15)
+
+
 def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> None:
     now = 0.0
     recorder = SimpleNamespace(blocked_s=0.0, begin_window=lambda: 0)
     plan = plan_of(2, 1)
-    others = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
+    others = torch.tensor([1.0, 0.1, 0.1, 0.1, 0.0, 0.0], dtype=torch.float64)
 
     def all_reduce(matrix: torch.Tensor) -> Any:
         matrix[1] += others  # what the other rank adds

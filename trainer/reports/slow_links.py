@@ -9,6 +9,7 @@ about it. Trials take a fixed share of the time at most.
 from __future__ import annotations
 
 import logging
+import statistics
 from dataclasses import replace
 from time import perf_counter
 
@@ -20,6 +21,14 @@ _LEAST_SHARE = 0.01
 """What costs less than this of a step, or than these seconds, is not slow."""
 _MOST_TRYING = 0.005
 """The share of the time that trials may take."""
+_LEAST_TRIAL_S = 0.01
+"""Seconds by which the messages of a trial over one link take longer if it is slow; a processor
+that is late now and then makes less."""
+_TRIAL_MESSAGE_S = 0.005
+"""What a message of a trial usually takes."""
+_TRIAL_BYTES = (1 << 19, 1 << 24)
+"""Its size, at least and at most: more than what a network lets pass before it holds to its rate.
+"""
 
 logger = logging.getLogger("holdfast.links")
 
@@ -57,22 +66,28 @@ class LinkClock:
             What was slow when it was tried, and not when it was tried before, with the seconds a
             step by which messages took longer; equal on every rank.
         """
-        groups, steps = training.groups, max(1, self._steps)
-        with training.busy("compare"):
-            found = self._window(training, self._since or 0)
-            self._spared_s += steps * found.step_s
-            least_s = max(_LEAST_S, _LEAST_SHARE * found.step_s)
-            slow = [
-                link
-                for link in slow_links(delays(found.messages), factor)
-                if link.excess_s / steps > least_s
+        steps = max(1, self._steps)
+        found = self._window(training, self._since or 0)
+        self._spared_s += steps * found.step_s
+        least_s = max(_LEAST_S, _LEAST_SHARE * found.step_s)
+        slow = [
+            link
+            for link in slow_links(delays(found.messages), factor)
+            if link.excess_s / steps > least_s
+        ]
+        news: list[SlowLink] = []
+        is_due = found.trial_s <= _MOST_TRYING * self._spared_s
+        if slow and self._suspects and is_due:
+            rates = [message.bytes / message.seconds for message in found.messages]
+            size = int(_TRIAL_MESSAGE_S * statistics.median(rates))
+            size = min(max(size, _TRIAL_BYTES[0]), _TRIAL_BYTES[1])
+            excess_s = max(link.excess_s for link in slow) / steps
+            news = [
+                replace(link, excess_s=excess_s)
+                for link in self._tried(training, slow, factor, size)
             ]
-            news: list[SlowLink] = []
-            is_due = found.trial_s <= _MOST_TRYING * self._spared_s
-            if slow and self._suspects and is_due:
-                news = self._tried(training, slow, factor, steps)
         self._suspects, self._steps = bool(slow), 0
-        self._since = groups.recorder.begin_window()
+        self._since = training.groups.recorder.begin_window()
         return news
 
     def _window(self, training: Training, since: int) -> Window:
@@ -90,22 +105,29 @@ class LinkClock:
         return found
 
     def _tried(
-        self, training: Training, suspected: list[SlowLink], factor: float, steps: int
+        self, training: Training, suspected: list[SlowLink], factor: float, size: int
     ) -> list[SlowLink]:
-        """What is slow alone, too. Collective."""
+        """What is slow alone, too, and was not in the last trial. Collective.
+
+        Args:
+            size: of messages, in bytes; the same on all ranks.
+        """
         began_s, groups = perf_counter(), training.groups
         ends = ((link.source, link.destination) for link in suspected)
         edges = [(a, b) for a, b in ends if a is not None and b is not None and a != b]
         since = groups.recorder.begin_window()
-        probe(groups.world, edges, training.device)
+        probe(groups.world, edges, size, training.device)
         self._trial_s, self._spared_s = perf_counter() - began_s, 0.0
         found = self._window(training, since)
-        excess_s = max(link.excess_s for link in suspected) / steps
-        slow = slow_links(delays(found.messages), factor)
+        slow = [
+            link
+            for link in slow_links(delays(found.messages), factor)
+            if link.excess_s > _LEAST_TRIAL_S
+        ]
         if not slow:
             logger.info("%s seemed slow, but is not when it is tried alone", suspected[0].place)
         told, self._told = self._told, frozenset(_place(link) for link in slow)
-        return [replace(link, excess_s=excess_s) for link in slow if _place(link) not in told]
+        return [link for link in slow if _place(link) not in told]
 
 
 def _place(link: SlowLink) -> _Place:

@@ -16,8 +16,6 @@ from holdfast.parallel.comm.protocol import Communicator
 from holdfast.parallel.comm.tags import PROBES
 from holdfast.parallel.comm.timings.matrix import LEAST_MESSAGES, Edge
 
-PROBE_BYTES = 1 << 19
-"""More than what a network lets pass at once before it holds to its rate."""
 _MOST_STRIDES = 6
 _MESSAGES = LEAST_MESSAGES + 2
 """Over each stride; the first makes the connection."""
@@ -51,15 +49,16 @@ def roles(index: int, ranks: int, stride: int, turn: int) -> tuple[bool, bool]:
     return sends(index), sends((index - stride) % ranks)
 
 
-def probe(world: Communicator, edges: Iterable[Edge], device: torch.device) -> None:
+def probe(world: Communicator, edges: Iterable[Edge], size: int, device: torch.device) -> None:
     """Send messages over several strides; the flight recorder has their times. Collective.
 
     Args:
         edges: pairs of ranks that are tried in any case; the same on all ranks.
+        size: of each message, in bytes.
     """
     count, index, ranks = world.size, world.index, world.ranks
     positions = [(ranks.index(source), ranks.index(target)) for source, target in edges]
-    own = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
+    own = torch.zeros(size, dtype=torch.uint8, device=device)
     taken = torch.empty_like(own)
     number = 0
     for stride in strides(count, positions):

@@ -1,4 +1,6 @@
-"""Gradient codes: work that is done more than once, so that no round waits for slow workers. Pure.
+"""Gradient codes: work that is done more than once, so that no round waits for slow workers.
+
+Pure.
 """
 
 import lazy_loader

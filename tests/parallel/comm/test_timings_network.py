@@ -39,6 +39,7 @@ FAULTS = {
     "none": [],
     "sender": [("sender", SLOW, None)],
     "receiver": [("receiver", None, SLOW)],
+    "host": [("host", SLOW, SLOW)],
     "link": [("link", SLOW, AFTER)],
 }
 CONFIG = {
@@ -87,6 +88,9 @@ def limit(net: Network, fault: str) -> None:
             limit_sending(net, NODES[SLOW], SLOW_MBIT)
         case "receiver":
             limit_receiving(net, NODES[SLOW], SLOW_MBIT)
+        case "host":
+            limit_sending(net, NODES[SLOW], SLOW_MBIT)
+            limit_receiving(net, NODES[SLOW], SLOW_MBIT)
         case "link":
             limit_direction(net, NODES[SLOW], NODES[AFTER], SLOW_MBIT, USUAL_MBIT)
 
@@ -110,7 +114,7 @@ def try_links(rank: int, size: int, _: Any, *, at: Sequence[Place]) -> Any:
     groups = build_groups(store, at[0][1], rank, range(size), {}, backend="gloo", generation=1)
     groups.world.barrier()
     since = groups.recorder.begin_window()
-    probe(groups.world, [(SLOW, AFTER)], torch.device("cpu"))
+    probe(groups.world, [(SLOW, AFTER)], 1 << 19, torch.device("cpu"))
     window = window_of(groups.control, groups.recorder, since, rank)
     assert window.shares_clock
     groups.world.barrier()

@@ -365,6 +365,12 @@ class FlightRecorder:
             self._times[at + _WAITED] = now
         return now
 
+    def waits_no_more(self, number: int) -> None:
+        """Record that the rank waits for something else now, though the operation is not done."""
+        at = _RING_AT + number % self._slots * _SLOT
+        if self._words[at] == number:
+            self._times[at + _WAITED] = _NAN
+
     def finished(self, number: int, *, failed: bool = False, since: float = _NAN) -> None:
         """Record the end of an operation.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +17,26 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.elastic.hang import HangLimits, silent_operations
+from holdfast.parallel.comm.flight_recorder import FlightRecord, Operation
 from holdfast.parallel.comm.groups import build_groups
 from holdfast.parallel.comm.timings.matrix import delays
 from holdfast.parallel.comm.timings.probe import probe
 from holdfast.parallel.comm.timings.slow_links import slow_links
 from holdfast.parallel.comm.timings.window import window_of
+from holdfast.parallel.errors import PeerLost
 from holdfast.trainer.config import convert_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.worlds.world import local_world
 from support.network.elastic_network import Network, network
-from support.network.limited_links import limit_direction, limit_receiving, limit_sending
+from support.network.limited_links import (
+    cut_direction,
+    heal_direction,
+    limit_direction,
+    limit_receiving,
+    limit_sending,
+)
 from support.network.namespaces import enter_network
 from support.processes.cluster import Cluster
 
@@ -33,6 +45,7 @@ pytestmark = [pytest.mark.mp, pytest.mark.slow]
 NODES = "abcd"
 RANKS = len(NODES)
 USUAL_MBIT, SLOW_MBIT = 400, 100
+CUT_AFTER_S = 1.0
 SLOW, AFTER = 2, 3
 """The rank whose network is limited, and the one that a single link leads to."""
 FAULTS = {
@@ -129,6 +142,30 @@ def train_here(rank: int, size: int, _: Any, *, at: Sequence[Place], root: str) 
     train(convert_config(CONFIG), world, store, RunDirectory(Path(root)))
 
 
+def exchange_until_cut(
+    rank: int, size: int, _: Any, *, at: Sequence[Place], begun: str
+) -> tuple[Operation, ...]:
+    """What a rank's flight record has some seconds after it began to exchange with all."""
+    store = meet(rank, at[rank])
+    groups = build_groups(store, at[0][1], rank, range(size), {}, backend="gloo", generation=1)
+
+    def exchange() -> None:
+        parts = [torch.zeros(1 << 18) for _ in range(size)]
+        with contextlib.suppress(PeerLost):
+            groups.world.barrier()
+            Path(begun).touch()
+            while True:
+                groups.world.all_gather(parts, parts[rank]).wait()
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    time.sleep(CUT_AFTER_S + 5)
+    operations = tuple(groups.recorder.record().operations)
+    groups.abort("the test is over")
+    thread.join()
+    return operations
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_tc_limits_is_what_is_named_when_links_are_tried(
     net: Network, ranks: Cluster, fault: str
@@ -138,6 +175,42 @@ def test_what_tc_limits_is_what_is_named_when_links_are_tried(
     for told, matrix in results:
         assert told == FAULTS[fault], matrix
         assert len(matrix) == RANKS * (RANKS - 1)
+
+
+def test_a_link_that_is_cut_is_told_as_one_that_hangs(
+    net: Network, ranks: Cluster, tmp_path: Path
+) -> None:
+    limit(net, "none")
+    ends, begun = (NODES[SLOW], NODES[AFTER]), tmp_path / "begun"
+
+    def cut_later() -> None:
+        while not begun.exists():
+            time.sleep(0.05)
+        time.sleep(CUT_AFTER_S)
+        cut_direction(net, *ends)
+
+    cut = threading.Thread(target=cut_later, daemon=True)
+    cut.start()
+    try:
+        results = ranks.run(
+            "parallel.comm.test_timings_network:exchange_until_cut",
+            RANKS,
+            at=places(net),
+            begun=str(begun),
+        )
+    finally:
+        cut.join()
+        heal_direction(net, *ends)
+    records = [
+        FlightRecord(rank, 1, 1, 1, 0.0, operations, (0.0, 0.1))
+        for rank, operations in enumerate(results)
+    ]
+    now_s = max(o.waited_s for operations in results for o in operations if o.is_waited_for) + 2
+    found = silent_operations(records, lambda moment_s: now_s - moment_s, HangLimits(1.0))
+    links = {silent.link for silent in found} - {None}
+    assert links, [silent.describe() for silent in found]
+    assert links <= {(SLOW, AFTER), (AFTER, SLOW)}, [silent.describe() for silent in found]
+    assert {silent.rank for silent in found if silent.link} <= {SLOW, AFTER}
 
 
 def test_a_run_names_the_rank_whose_sending_tc_limits(

@@ -63,3 +63,15 @@ def limit_direction(net: Network, source: str, target: str, mbit: int, others_mb
         )
     to = f"{net.address(target)}/32"
     _tc(net, source, f"filter add dev eth0 parent 1: protocol ip u32 match ip dst {to} flowid 1:20")
+
+
+def cut_direction(net: Network, source: str, target: str) -> None:
+    """Drop all that one node sends to another."""
+    command = f"ip -n {net.name(source)} route add blackhole {net.address(target)}/32"
+    subprocess.run(command.split(), check=True, capture_output=True, text=True)
+
+
+def heal_direction(net: Network, source: str, target: str) -> None:
+    """Undo `cut_direction`."""
+    command = f"ip -n {net.name(source)} route del blackhole {net.address(target)}/32"
+    subprocess.run(command.split(), check=True, capture_output=True, text=True)

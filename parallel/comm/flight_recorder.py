@@ -238,6 +238,8 @@ class MessageEnd:
 
 _BLOCKED_S = 1e-4
 """A wait that takes longer was blocked; a shorter one may be for what has ended long ago."""
+_MOST_TURNS = 1 << 16
+"""Tags whose messages are counted at a time."""
 _SHORT_S = 1e-3
 """Of what took no longer, that does not matter."""
 
@@ -265,8 +267,8 @@ class FlightRecorder:
         self._newest = 0
         self._turns: dict[tuple[int, str, int, int], int] = {}
         self._turn_of = [0] * slots
-        self._device_s: dict[int, float] = {}
-        """By number, what the device says that operations took."""
+        self._device_s = [(0, 0.0)] * slots
+        """By slot, the number of an operation and what the device says that it took."""
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
         """Seconds that the recorder's own thread has waited on the host for operations."""
@@ -331,6 +333,8 @@ class FlightRecorder:
         if tag < COLLECTIVES.first:  # the tags of collectives count themselves
             key = (group, direction, peer, tag)
             self._turn_of[number % self._slots] = turn = self._turns.get(key, 0)
+            if not turn and len(self._turns) >= _MOST_TURNS:  # there are no windows
+                self._turns.clear()
             self._turns[key] = turn + 1
         at = _RING_AT + number % self._slots * _SLOT
         self._words[at] = 0
@@ -394,12 +398,12 @@ class FlightRecorder:
 
         Ranks do so at the same place of their programs, so that both ends of a message count alike.
         """
-        self._turns, self._device_s = {}, {}
+        self._turns = {}
         return self._newest
 
     def timed(self, number: int, seconds: float) -> None:
         """Record what an operation took by the device's clock. From the recorder's own thread."""
-        self._device_s[number] = seconds
+        self._device_s[number % self._slots] = (number, seconds)
 
     def message_ends(self, since: int, least_bytes: int) -> list[MessageEnd]:
         """The ended messages of a window that the ring still has, oldest first. Local.
@@ -420,8 +424,9 @@ class FlightRecorder:
             if outcome != 1 or size < least_bytes or _DIRECTIONS[direction] == "collective":
                 continue
             _, started_s, waited_s, finished_s = times
-            device_s = self._device_s.get(number)
-            if device_s is not None:
+            timed, device_s = self._device_s[slot]
+            by_device = timed == number
+            if by_device:
                 started_s = finished_s - device_s
             took_s = finished_s - started_s
             turn = self._turn_of[slot] if tag < COLLECTIVES.first else 0
@@ -435,10 +440,8 @@ class FlightRecorder:
                     size,
                     started_s,
                     finished_s,
-                    device_s is None
-                    and took_s > _SHORT_S
-                    and not finished_s - waited_s > _BLOCKED_S,
-                    device_s is not None,
+                    not by_device and took_s > _SHORT_S and not finished_s - waited_s > _BLOCKED_S,
+                    by_device,
                 )
             )
         return found

@@ -34,6 +34,10 @@ PeerVerdict = Literal[
     "the peer has finished it, it has not arrived",
     "nothing is known of the peer",
 ]
+_BOTH_POSTED: tuple[PeerVerdict, ...] = (
+    "the peer started it, neither has finished",
+    "the peer has finished it, it has not arrived",
+)
 _COUNTERPART = {"send": "receive", "receive": "send"}
 
 
@@ -61,6 +65,19 @@ class SilentOperation:
     suspects: tuple[int, ...]
     """The ranks to blame for this wait, as far as the records that were read show it."""
 
+    @property
+    def link(self) -> tuple[int, int] | None:
+        """The source and the destination of a message that both have posted and that does not come.
+
+        Then the link between them hangs, or one of both processes stands still. None if a rank has
+        not come to it, if nothing is known of the peer, or if a transport carries it as a whole.
+        """
+        operation = self.operation
+        if operation.direction == "collective" or self.verdict not in _BOTH_POSTED:
+            return None
+        ends = (self.rank, operation.peer)
+        return ends if operation.direction == "send" else ends[::-1]
+
     def describe(self) -> str:
         """The operation in one line, for logs and incident records."""
         operation = self.operation
@@ -71,6 +88,12 @@ class SilentOperation:
         peer = "its group" if operation.peer < 0 else f"rank {operation.peer}"
         suspects = ", ".join(map(str, self.suspects))
         suspected = f"; suspected: rank {suspects}" if suspects else ""
+        if self.link is not None:
+            source, destination = self.link
+            suspected = (
+                f"; the link from rank {source} to rank {destination} hangs, unless rank "
+                f"{operation.peer} stands still"
+            )
         step = f"in step {self.step}" if self.step else "before its first step"
         return (
             f"rank {self.rank}: {name} {preposition} {peer} ({operation.group}, "

@@ -206,9 +206,12 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     evaluated = training.evaluate() if evaluates_after(config, step + 1) else {}
     if compares:
         stragglers = parts.clock.compare(training, config.elastic.straggler_factor)
+        links = parts.clock.links.compare(training, config.elastic.slow_link_factor)
         with training.busy("report"):
             for straggler in stragglers:
                 reporter.straggler(step + 1, straggler)
+            for link in links:
+                reporter.slow_link(step + 1, link)
     with training.busy("report"):
         if outcome.has_numbers:
             reporter.step(step, outcome, lr, timer.spans, times, evaluated)

@@ -24,6 +24,8 @@ from holdfast.trainer.step import plan_of
 
 _POLL_S = 0.05
 _END_S = 10.0
+_TOLD = ("resume_note", "straggler", "relieved", "slow_link", "wrong_computation")
+"""The events whose message is shown."""
 """Seconds that the process may take to show the remaining records."""
 
 
@@ -218,9 +220,7 @@ class _RunView:
         elif name == "checkpoint_failed":
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
-        elif name in ("resume_note", "straggler", "relieved", "wrong_computation") or (
-            name == "data_opened" and not line["step"]
-        ):
+        elif name in _TOLD or (name == "data_opened" and not line["step"]):
             note(line["message"])
         elif name == "step_skipped":
             note(line["reason"])

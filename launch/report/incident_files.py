@@ -5,6 +5,7 @@ What cannot be read is kept with the reason: a report says so, and tells of all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import msgspec
 
 from holdfast.parallel.output import Evidence, read_evidence
 from holdfast.parallel.reading import Count, Text, decode_json, read_regular
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, read_events
 
 _BEFORE_S, _AFTER_S = 600.0, 60.0
 """Evidence that is older or younger is of another start of the run."""
@@ -99,6 +100,8 @@ class Found:
     """By the name of its file, by time."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """By the name of a file, why it cannot be read."""
+    slow: tuple[str, ...] = ()
+    """What was said of slow ranks and links, in the order in which it was found."""
 
     def names_of(self, incident: Incident) -> tuple[str, ...]:
         """The files of evidence about an incident, those about what hung or failed first.
@@ -143,4 +146,12 @@ def found_in(run: RunDirectory) -> Found:
             unreadable[path.name] = str(error)
     incidents.sort(key=lambda incident: (incident.time, incident.generation))
     by_time = dict(sorted(evidence.items(), key=lambda item: item[1].time))
-    return Found(run.root, tuple(incidents), by_time, unreadable)
+    return Found(run.root, tuple(incidents), by_time, unreadable, tuple(_slow(run)))
+
+
+def _slow(run: RunDirectory) -> Iterator[str]:
+    for event in read_events(run.events):
+        step, message = event.get("step"), event.get("message")
+        is_told = event["event"] in ("slow_link", "straggler") and isinstance(message, str)
+        if is_told and isinstance(step, int):
+            yield f"step {step}: {message}"

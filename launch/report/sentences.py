@@ -28,6 +28,10 @@ def report_lines(found: Found) -> Iterator[str]:
     for number, incident in enumerate(found.incidents, 1):
         yield ""
         yield from _incident(number, incident, found)
+    if found.slow:
+        yield ""
+        yield "Slow ranks and links:"
+        yield from _indented(found.slow)
     for name in found.unnamed:
         yield ""
         yield f"Evidence of no incident, {name}"

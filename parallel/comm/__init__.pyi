@@ -38,6 +38,14 @@ from .tags import (
     STATE_TRANSFER as STATE_TRANSFER,
     TagRange as TagRange,
 )
+from .timings import (
+    SlowLink as SlowLink,
+    Window as Window,
+    delays as delays,
+    probe as probe,
+    slow_links as slow_links,
+    window_of as window_of,
+)
 from .wait_watch import (
     WaitNews as WaitNews,
     watch_waits as watch_waits,

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from holdfast.parallel.comm.tags import COLLECTIVES
 from holdfast.parallel.files import create_file
 from holdfast.parallel.reading import read_regular
 
@@ -214,6 +215,35 @@ class _Ring(Sequence[Operation]):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class MessageEnd:
+    """The part of one rank in a message that has ended."""
+
+    group: str
+    tag: int
+    turn: int
+    """The number of the message among those of its tag since `FlightRecorder.begin_window`."""
+    peer: int
+    is_send: bool
+    bytes: int
+    began_s: float
+    """The time at which the transport took it."""
+    ended_s: float
+    """The time at which the rank saw its end."""
+    is_bound: bool
+    """Whether it may have ended earlier: the rank did not have to wait for it."""
+    by_device: bool = False
+    """Whether the span was measured by the device, so that it has a length and no place in time."""
+
+
+_BLOCKED_S = 1e-4
+"""A wait that takes longer was blocked; a shorter one may be for what has ended long ago."""
+_MOST_TURNS = 1 << 16
+"""Tags whose messages are counted at a time."""
+_SHORT_S = 1e-3
+"""Of what took no longer, that does not matter."""
+
+
 class FlightRecorder:
     """The writer of a rank's record. Threads may post at the same time."""
 
@@ -234,6 +264,11 @@ class FlightRecorder:
         self._times = memoryview(memory).cast("d")
         self._slots = slots
         self._numbers = itertools.count(1)
+        self._newest = 0
+        self._turns: dict[tuple[int, str, int, int], int] = {}
+        self._turn_of = [0] * slots
+        self._device_s = [(0, 0.0)] * slots
+        """By slot, the number of an operation and what the device says that it took."""
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
         """Seconds that the recorder's own thread has waited on the host for operations."""
@@ -294,7 +329,13 @@ class FlightRecorder:
         self, group: int, operation: str, direction: Direction, peer: int, size: int, tag: int
     ) -> int:
         """Record a call. Returns its number."""
-        number = next(self._numbers)
+        number = self._newest = next(self._numbers)
+        if tag < COLLECTIVES.first:  # the tags of collectives count themselves
+            key = (group, direction, peer, tag)
+            self._turn_of[number % self._slots] = turn = self._turns.get(key, 0)
+            if not turn and len(self._turns) >= _MOST_TURNS:  # there are no windows
+                self._turns.clear()
+            self._turns[key] = turn + 1
         at = _RING_AT + number % self._slots * _SLOT
         self._words[at] = 0
         _RECORD.pack_into(
@@ -328,6 +369,12 @@ class FlightRecorder:
             self._times[at + _WAITED] = now
         return now
 
+    def waits_no_more(self, number: int) -> None:
+        """Record that the rank waits for something else now, though the operation is not done."""
+        at = _RING_AT + number % self._slots * _SLOT
+        if self._words[at] == number:
+            self._times[at + _WAITED] = _NAN
+
     def finished(self, number: int, *, failed: bool = False, since: float = _NAN) -> None:
         """Record the end of an operation.
 
@@ -345,6 +392,59 @@ class FlightRecorder:
         """Record that a wait is over in which the rank did nothing else: it began at `since`."""
         if threading.get_ident() == self._thread:
             self.blocked_s += time.monotonic() - since
+
+    def begin_window(self) -> int:
+        """Count the messages of each tag from 0 again. Returns the number of the newest operation.
+
+        Ranks do so at the same place of their programs, so that both ends of a message count alike.
+        """
+        self._turns = {}
+        return self._newest
+
+    def timed(self, number: int, seconds: float) -> None:
+        """Record what an operation took by the device's clock. From the recorder's own thread."""
+        self._device_s[number % self._slots] = (number, seconds)
+
+    def message_ends(self, since: int, least_bytes: int) -> list[MessageEnd]:
+        """The ended messages of a window that the ring still has, oldest first. Local.
+
+        Args:
+            since: the result of `begin_window`.
+            least_bytes: shorter ones are left out.
+        """
+        names = {code: name for name, code in self._groups.items()}
+        numbers = self._words[_RING_AT::_SLOT].tolist()
+        found = []
+        for number in sorted(n for n in numbers if n > since):
+            slot = number % self._slots
+            at = 8 * (_RING_AT + slot * _SLOT + 1)
+            group, _, direction, peer, size, tag, outcome, *times = _RECORD.unpack_from(
+                self._memory, at
+            )
+            if outcome != 1 or size < least_bytes or _DIRECTIONS[direction] == "collective":
+                continue
+            _, started_s, waited_s, finished_s = times
+            timed, device_s = self._device_s[slot]
+            by_device = timed == number
+            if by_device:
+                started_s = finished_s - device_s
+            took_s = finished_s - started_s
+            turn = self._turn_of[slot] if tag < COLLECTIVES.first else 0
+            found.append(
+                MessageEnd(
+                    names[group],
+                    tag,
+                    turn,
+                    peer,
+                    _DIRECTIONS[direction] == "send",
+                    size,
+                    started_s,
+                    finished_s,
+                    not by_device and took_s > _SHORT_S and not finished_s - waited_s > _BLOCKED_S,
+                    by_device,
+                )
+            )
+        return found
 
     def record(self) -> FlightRecord:
         """The present content of the ring. Local."""

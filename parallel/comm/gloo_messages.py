@@ -119,6 +119,7 @@ def wait_for(messages: Sequence[Message]) -> None:
             if at.work is None:
                 recorder.waiting(at.number)
                 at.connection.wait_until_posted(at)
+                recorder.waits_no_more(at.number)  # but perhaps for the next one's connection
         waited = _begin_to_wait(messages, recorder)
         waited.wait()
     except (RuntimeError, PeerLost) as error:

@@ -6,6 +6,7 @@ process can hold several generations of them and drop one without touching anoth
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,8 @@ class NcclCommunicator(PairwiseCommunicator):
         # Non-blocking calls can be aborted while the communicator is still being set up.
         options.config.blocking = 0
         prefix = f"{where}/{self._signal.generation}"
+        # Read when a group is made: CUDA events are recorded around each operation's kernel.
+        os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
         return dist.ProcessGroupNCCL(dist.PrefixStore(prefix, self._store), index, size, options)
 
     def _channel(self, source: int, target: int, tag: int) -> Any:
@@ -143,7 +146,10 @@ class NcclCommunicator(PairwiseCommunicator):
         Local; asks the device and never waits.
         """
         while self._pending and self._pending[0][0].is_completed():
-            self._recorder.finished(self._pending.popleft()[1])
+            work, number = self._pending.popleft()
+            self._recorder.finished(number)
+            if (seconds := _device_s(work)) is not None:
+                self._recorder.timed(number, seconds)
 
     def _handle(
         self, work: Work, buffer: Tensor, operation: str, number: int, peer: int | None
@@ -237,6 +243,18 @@ class NcclCommunicator(PairwiseCommunicator):
             if pair not in renewed._channels
         }
         self._abort_all("its members changed")
+
+
+def _device_s(work: Any) -> float | None:
+    """What an ended operation took by the CUDA events around it; None if they were not recorded.
+
+    That is the time for which its kernel ran, which begins once all before it in its stream has
+    ended, and ends when the message has moved.
+    """
+    try:
+        return work._get_duration() / 1e3
+    except RuntimeError:
+        return None
 
 
 def nccl_record() -> Any:

@@ -169,7 +169,9 @@ class PairwiseCommunicator:
         if outputs[self._index] is not inputs[self._index]:
             outputs[self._index].copy_(inputs[self._index])
         handles: list[Handle] = []
-        for distance in range(1, self.size):
+        # Another message is waited for first in each: only of that one the end is seen as it comes.
+        turn = self._collectives % (self.size - 1) if self.size > 1 else 0
+        for distance in (1 + (step + turn) % (self.size - 1) for step in range(self.size - 1)):
             source = self._ranks[(self._index - distance) % self.size]
             target = self._ranks[(self._index + distance) % self.size]
             incoming = outputs[(self._index - distance) % self.size]

@@ -52,6 +52,12 @@ HANDSHAKES: Final = TagRange(
 EXCHANGES: Final = TagRange(
     "what all members send each other", (1 << 30) + (2 << 20), (1 << 30) + (3 << 20)
 )
+TIMINGS: Final = TagRange(
+    "how long messages took", (1 << 30) + (3 << 20), (1 << 30) + (3 << 20) + (1 << 10)
+)
+PROBES: Final = TagRange(
+    "messages that try links", (1 << 30) + (3 << 20) + (1 << 10), (1 << 30) + (4 << 20)
+)
 BREAKING: Final = TagRange("a receive that ends a connection", (1 << 31) - 1, 1 << 31)
 
 RANGES: Final = (
@@ -66,6 +72,8 @@ RANGES: Final = (
     COLLECTIVES,
     HANDSHAKES,
     EXCHANGES,
+    TIMINGS,
+    PROBES,
     BREAKING,
 )
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""

@@ -169,6 +169,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "expert_inputs_gib": _GIB,
         "expert_steps": Range(1, _COUNT),
         "straggler_factor": Range(1, 1e6, is_open=True),
+        "slow_link_factor": Range(1, 1e6, is_open=True),
     },
     "log": {"every": Range(1, _COUNT), "norms_every": _STEPS, "digests_every": _STEPS},
 }
@@ -189,6 +190,7 @@ _TABLES: Mapping[str, Mapping[str, Range]] = {
         "rank": Range(0, 2**20),
         "step": Range(1, _COUNT),
         "seconds": Range(0, 366 * _DAY_S),
+        "factor": Range(1, 1e6),
         "incarnation": Range(0, 2**31),
     },
 }

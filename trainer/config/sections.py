@@ -350,12 +350,15 @@ class ElasticConfig(Section, frozen=True):
     """With parallel.expert_replicas = "auto": the steps in a row whose loads ask for other copies
     of experts, before these move."""
     straggler_every: int = 10
-    """Steps between two comparisons of all ranks' own times; 0: never."""
+    """Steps between two comparisons of all ranks' own times, and of their messages; 0: never."""
     straggler_factor: float = 2.0
     """A rank is reported as slow if its own time is twice in a row this many times the usual."""
     slow_ranks: Literal["report", "relieve"] = "report"
     """What follows for ranks that compute slowly: "relieve": micro-batches are divided by measured
     speeds, once that saves more than the change costs."""
+    slow_link_factor: float = 1.5
+    """A link is reported as slow if its messages take twice in a row, and when it is tried alone,
+    this many times as long as usual."""
     chaos: list[ChaosConfig] = []
     """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 

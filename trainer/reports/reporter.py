@@ -11,6 +11,7 @@ import torch
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
+from holdfast.parallel.comm import SlowLink
 from holdfast.parallel.output import SAVING, WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.config import HELD_OUT
@@ -249,6 +250,24 @@ class Reporter:
             phase=slow.phase,
             own_s=slow.own_s,
             usual_s=slow.usual_s,
+            message=message,
+        )
+        self._note(message)
+
+    def slow_link(self, step: int, slow: SlowLink) -> None:
+        """Report a part of the network that is slower than others of its kind."""
+        message = (
+            f"{slow.place} is slow: messages take {slow.ratio:.1f} times as long as usual, "
+            f"{slow.excess_s:.3f} s more a step"
+        )
+        self._records.event(
+            "slow_link",
+            step=step,
+            side=slow.side,
+            source=slow.source,
+            destination=slow.destination,
+            ratio=slow.ratio,
+            excess_s=slow.excess_s,
             message=message,
         )
         self._note(message)

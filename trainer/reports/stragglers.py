@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from time import perf_counter
 
 from holdfast.parallel.schedules import TIMED_PHASES
+from holdfast.trainer.reports.slow_links import LinkClock
 from holdfast.trainer.step import RankTimes, Straggler, Training, find_stragglers
 
 
@@ -14,22 +17,28 @@ class PhaseClock:
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
-        self._sums = [0.0] * len(TIMED_PHASES)
-        self._counts = [0] * len(TIMED_PHASES)
+        self._phases: list[list[float]] = [[] for _ in TIMED_PHASES]
+        """By phase, the own seconds of each step."""
         self._work = 0.0
         self._mark = (0.0, 0.0)
+        self._blocked_s = 0.0
+        """What the recorder says at the begin of the first step."""
         self._suspected: frozenset[int] = frozenset()
         self._told: frozenset[int] = frozenset()
+        self.links = LinkClock()
 
     def start(self, training: Training) -> None:
         """Begin a step."""
         self._mark = (self._clock(), training.groups.recorder.blocked_s)
+        if not self._phases[0]:
+            self._blocked_s = training.groups.recorder.blocked_s
+        self.links.start(training)
 
     def end(self, training: Training, phase: int) -> None:
         """End a phase, given by its position in `TIMED_PHASES`; the next one begins."""
         now, blocked_s = self._clock(), training.groups.recorder.blocked_s
-        self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
-        self._counts[phase] += 1
+        own_s = max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
+        self._phases[phase].append(own_s)
         if TIMED_PHASES[phase] == "compute":
             self._work += training.work_done()
         self._mark = (now, blocked_s)
@@ -40,11 +49,14 @@ class PhaseClock:
         Args:
             probe_s: as of `RankTimes`.
         """
-        means = [s / max(1, n) for s, n in zip(self._sums, self._counts, strict=True)]
-        work = self._work / max(1, self._counts[0])
-        self._sums, self._counts = [0.0] * len(TIMED_PHASES), [0] * len(TIMED_PHASES)
-        self._work = 0.0
-        return RankTimes(tuple(means), work, probe_s)
+        steps = max(1, len(self._phases[0]))
+        means = tuple(sum(own) / max(1, len(own)) for own in self._phases)
+        own_s = [sum(phases) for phases in zip(*self._phases, strict=False)]
+        noise_s = statistics.stdev(own_s) / len(own_s) ** 0.5 if len(own_s) > 1 else math.inf
+        waited_s = (training.groups.recorder.blocked_s - self._blocked_s) / steps
+        found = RankTimes(means, self._work / steps, probe_s, noise_s, waited_s)
+        self._phases, self._work = [[] for _ in TIMED_PHASES], 0.0
+        return found
 
     def compare(self, training: Training, factor: float) -> list[Straggler]:
         """The slow ranks to report after a step whose vote told the times of all ranks. Local.

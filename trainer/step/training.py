@@ -596,7 +596,7 @@ class Training:
     def _row_of(self, times: RankTimes) -> Tensor:
         ranks = self.plan.stage_replicas.ranks
         rows = torch.zeros(len(ranks), TIMES, dtype=torch.float64)
-        rows[ranks.index(self.rank)] = torch.tensor([*times.phases, times.work, times.probe_s])
+        rows[ranks.index(self.rank)] = torch.tensor([*times.phases, *times[1:]])
         return rows
 
     def _bit_sums(self) -> Tensor:

@@ -80,6 +80,16 @@ def report(run: RunDirectory) -> str:
     return "\n".join(report_lines(found_in(run)))
 
 
+def test_slow_ranks_and_links_are_told(run: RunDirectory) -> None:
+    slow = {"time": 1.0, "event": "slow_link", "step": 20, "message": "the link is slow"}
+    others = [{**slow, "event": "data_opened"}, {**slow, "message": 3}, {**slow, "step": "x"}]
+    also = {**slow, "event": "straggler", "step": 30, "message": "rank 1 is slow"}
+    run.events.write_text("".join(f"{json.dumps(e)}\n" for e in (slow, *others, also)))
+    assert report(run).endswith(
+        "Slow ranks and links:\n  step 20: the link is slow\n  step 30: rank 1 is slow"
+    )
+
+
 def test_a_loss_is_told_without_evidence(run: RunDirectory) -> None:
     put(run)
     told = report(run)

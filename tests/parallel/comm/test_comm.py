@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.comm.timings.messages import NeighbourTimes, clock_offsets
+from holdfast.parallel.comm.timings.window import compare_clocks
 from holdfast.parallel.errors import PeerLost
 from support.processes.cluster import Cluster, WorkerFailed
 
@@ -156,3 +158,22 @@ def failing(rank: int, world_size: int, store: Any) -> None:
 def test_a_failing_rank_fails_the_test(cluster: Cluster) -> None:
     with pytest.raises(WorkerFailed, match="on purpose"):
         cluster.run("test_comm:failing", 2)
+
+
+def clocks(rank: int, world_size: int, store: Any) -> tuple[float, float]:
+    comm = _group(rank, world_size, store)
+    near = compare_clocks(comm)
+    comm.barrier()
+    return near.from_before_s, near.from_after_s
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_with_one_clock_find_no_difference_beyond_what_a_message_takes(
+    cluster: Cluster, world_size: int
+) -> None:
+    times = cluster.run("test_comm:clocks", world_size)
+    longest_s = max(max(each) for each in times)
+    assert min(min(each) for each in times) > 0
+    ring = [NeighbourTimes(rank, *each) for rank, each in enumerate(times)]
+    assert max(map(abs, clock_offsets(ring))) <= world_size * longest_s / 2

@@ -91,3 +91,13 @@ def test_a_code_of_nothing_is_found_before_the_operation_is_asked_for(word: int)
         recorder._words[_RING_AT + _SLOT + word] = code
         with pytest.raises(ValueError, match=f"unknown code {code}"):
             recorder.record()
+
+
+def test_a_rank_that_waits_for_something_else_now_does_not_wait_for_the_operation() -> None:
+    recorder = FlightRecorder(0)
+    group = recorder.group("world")
+    first, second = (recorder.post(group, "receive", "receive", 1, 8, tag) for tag in (1, 2))
+    recorder.waiting(first)
+    recorder.waits_no_more(first)
+    recorder.waiting(second)
+    assert [operation.tag for operation in recorder.record().waited_for] == [2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given, strategies as st
 
 from holdfast.parallel.layout.mesh import AXES, Mesh
@@ -17,7 +18,9 @@ from holdfast.trainer.step.vote.slowness import (
     RankTimes,
     find_stragglers,
     lasting,
+    others_wait_for,
     slowness_of,
+    waited_for,
     work_of,
 )
 from support.runs.plans import small_layers
@@ -40,6 +43,10 @@ def usual(plan: Plan, rank: int, per_work: float = 1.0) -> RankTimes:
     work = work_of(plan, rank)
     most = work / max(work_of(plan, other) for other in plan.stage_replicas.ranks)
     return RankTimes(tuple(per_work * most * share for share in (0.8, 0.1, 0.0, 0.1)), work)
+
+
+def waiting(plan: Plan, rank: int, seconds: float) -> RankTimes:
+    return usual(plan, rank)._replace(noise_s=0.001, waited_s=seconds)
 
 
 def times_by(factor: float, times: RankTimes) -> RankTimes:
@@ -127,9 +134,34 @@ def test_slow_ranks_were_slow_twice_running_and_as_slow_as_they_were_at_least() 
     assert lasting([((1, 300),), ()]) == ()
 
 
+def test_among_many_ranks_the_one_that_waits_least_is_slow_by_little() -> None:
+    own_s = {rank: 1.0 + rank / 1000 for rank in range(8)} | {3: 1.1}
+    noise_s = dict.fromkeys(own_s, 0.01)
+    waited_s = {rank: 0.5 + rank / 1000 for rank in own_s} | {3: 0.1}
+    assert waited_for(own_s, noise_s, waited_s) == [3]
+    assert waited_for({**own_s, 3: 1.04}, noise_s, waited_s) == []
+    assert waited_for(own_s, dict.fromkeys(own_s, 0.02), waited_s) == []
+    assert waited_for(own_s, noise_s, {**waited_s, 3: 0.5}) == []
+    few = range(1, 8)
+    assert waited_for({r: own_s[r] for r in few}, noise_s, {r: waited_s[r] for r in few}) == []
+
+
+def test_a_rank_that_others_wait_for_is_reported_with_the_phase_that_takes_longer() -> None:
+    plan = plan_of(12, 1)
+    rows = {rank: waiting(plan, rank, 0.5 + rank / 1000) for rank in range(12)}
+    assert others_wait_for(plan, rows) == []
+    slow = waiting(plan, 5, 0.2)
+    compute, reduce, *others = slow.phases
+    rows[5] = slow._replace(phases=(compute, reduce + 0.15, *others))
+    assert [s.rank for s in find_stragglers(plan, rows, 2.0)] == [5]
+    (found,) = others_wait_for(plan, rows)
+    assert (found.rank, found.phase) == (5, TIMED_PHASES[1])
+    assert found.ratio == pytest.approx(1.15)
+
+
 def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> None:
     now = 0.0
-    recorder = SimpleNamespace(blocked_s=0.0)
+    recorder = SimpleNamespace(blocked_s=0.0, begin_window=lambda: 0)
     plan = plan_of(2, 1)
     groups = SimpleNamespace(recorder=recorder)
     done = work_of(plan, 0)

@@ -9,6 +9,7 @@ computed them.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,12 @@ _PEERS = 3
 """Ranks of the same work that suffice for the usual time; with fewer, all ranks count."""
 _LEAST_S = 0.002
 """A step that is longer by less than this, in seconds, is not slow."""
+_MANY = 8
+"""Ranks of the same work whose waits tell which of them the others wait for."""
+_EXCESS = 0.05
+"""What the own time of such a rank exceeds the usual by, at least."""
+_WAIT_MARGIN, _OWN_MARGIN = 3.0, 6.0
+"""Median deviations below the usual wait, and standard errors above the usual own time."""
 _LEAST = 1.2
 """A rank is counted as slower only if it takes this many times the usual time for its work."""
 _WELL = 1.5
@@ -41,9 +48,13 @@ class RankTimes(NamedTuple):
     """The operations of the forward passes that it computed."""
     probe_s: float = 0.0
     """The time of a fixed computation, where ranks were asked for it (`wants_probe`)."""
+    noise_s: float = 0.0
+    """The standard error of the own time of a step."""
+    waited_s: float = 0.0
+    """Seconds of waits for others."""
 
 
-TIMES = len(TIMED_PHASES) + 2
+TIMES = len(TIMED_PHASES) + 4
 """The numbers of `RankTimes`."""
 
 
@@ -66,8 +77,8 @@ class Straggler:
 def times_of(table: Sequence[Sequence[float]], ranks: Sequence[int]) -> dict[int, RankTimes]:
     """The times of ranks, from a table with a row of `TIMES` numbers for each."""
     return {
-        rank: RankTimes(tuple(phases), work, probe_s)
-        for rank, (*phases, work, probe_s) in zip(ranks, table, strict=True)
+        rank: RankTimes(tuple(row[: len(TIMED_PHASES)]), *row[len(TIMED_PHASES) :])
+        for rank, row in zip(ranks, table, strict=True)
     }
 
 
@@ -102,15 +113,76 @@ def work_of(plan: Plan, rank: int) -> float:
 
 
 def find_stragglers(plan: Plan, times: Mapping[int, RankTimes], factor: float) -> list[Straggler]:
-    """The ranks above `factor` times the usual time of their work, slowest first."""
+    """The ranks above `factor` times the usual time of their work, and of many ranks those that the
+    others wait for; slowest first.
+    """
+    usual = _usual(plan, times)
     found = []
-    for rank, usual in _usual(plan, times).items():
-        own_s, usual_s = sum(times[rank].phases), sum(usual)
-        if own_s > factor * usual_s and own_s - usual_s > _LEAST_S:
-            excess = [mine - theirs for mine, theirs in zip(times[rank].phases, usual, strict=True)]
-            phase = TIMED_PHASES[excess.index(max(excess))]
-            found.append(Straggler(rank, own_s, usual_s, phase))
-    return sorted(found, key=lambda straggler: (-straggler.ratio, straggler.rank))
+    for rank in usual:
+        straggler = _straggler(rank, times[rank].phases, usual[rank])
+        if straggler.own_s > factor * straggler.usual_s:
+            found.append(straggler)
+    named = {straggler.rank for straggler in found}
+    found += [slow for slow in others_wait_for(plan, times) if slow.rank not in named]
+    slow = [one for one in found if one.own_s - one.usual_s > _LEAST_S]
+    return sorted(slow, key=lambda straggler: (-straggler.ratio, straggler.rank))
+
+
+def _straggler(rank: int, own: Sequence[float], usual: Sequence[float]) -> Straggler:
+    excess = [mine - theirs for mine, theirs in zip(own, usual, strict=True)]
+    return Straggler(rank, sum(own), sum(usual), TIMED_PHASES[excess.index(max(excess))])
+
+
+def others_wait_for(plan: Plan, times: Mapping[int, RankTimes]) -> list[Straggler]:
+    """The ranks that many others of the same work wait for, though they take little longer."""
+    by_work: dict[float, list[int]] = defaultdict(list)
+    for rank, own in times.items():
+        if own.work:
+            by_work[work_of(plan, rank)].append(rank)
+    found = []
+    for ranks in by_work.values():
+        usual_work = statistics.median(times[rank].work for rank in ranks)
+        own = {rank: _for_work(times[rank], usual_work) for rank in ranks}
+        usual = [statistics.median(column) for column in zip(*own.values(), strict=True)]
+        slow = waited_for(
+            {rank: sum(phases) for rank, phases in own.items()},
+            {rank: times[rank].noise_s for rank in ranks},
+            {rank: times[rank].waited_s for rank in ranks},
+        )
+        found += [_straggler(rank, own[rank], usual) for rank in slow]
+    return found
+
+
+def _for_work(own: RankTimes, work: float) -> tuple[float, ...]:
+    """The seconds of each phase that a rank would take with other work."""
+    compute_s, *others = own.phases
+    return (compute_s * work / own.work, *others)
+
+
+def waited_for(
+    own_s: Mapping[int, float], noise_s: Mapping[int, float], waited_s: Mapping[int, float]
+) -> list[int]:
+    """The ranks of the same work that the others wait for; empty with few ranks.
+
+    A rank that others wait for waits least (Dong et al. 2024). That its own time is longer, by more
+    than noise explains, tells it apart from ranks that wait little for another reason.
+
+    Args:
+        own_s: by rank, the mean seconds of a step that it worked.
+        noise_s: by rank, the standard error of that.
+        waited_s: by rank, the seconds that it waited for others.
+    """
+    if len(own_s) < _MANY:
+        return []
+    usual_s, usual_wait_s = statistics.median(own_s.values()), statistics.median(waited_s.values())
+    wait_deviation_s = statistics.median(abs(each - usual_wait_s) for each in waited_s.values())
+    least_s = max(_EXCESS * usual_s, _OWN_MARGIN * statistics.median(noise_s.values()))
+    return [
+        rank
+        for rank in own_s
+        if waited_s[rank] < usual_wait_s - _WAIT_MARGIN * wait_deviation_s
+        and own_s[rank] - usual_s >= least_s
+    ]
 
 
 def slowness_of(plan: Plan, times: Mapping[int, RankTimes]) -> Slowness:

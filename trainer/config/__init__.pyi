@@ -7,7 +7,9 @@ from .changes import (
 from .data_section import (
     HELD_OUT as HELD_OUT,
     DataConfig as DataConfig,
+    Removal as Removal,
     check_data_config as check_data_config,
+    removed_before as removed_before,
     validation_data as validation_data,
     validation_names as validation_names,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -43,6 +44,18 @@ class MixtureStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: list[float]
 
 
+class Removal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Samples that a run trains without, from a step on: a `[[data.without]]` table.
+
+    Attributes:
+        start: the steps that are done before.
+        samples: their numbers.
+    """
+
+    start: int = 0
+    samples: list[int]
+
+
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The source of the tokens. A field for each key.
 
@@ -67,6 +80,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         fim_tokens: the tokens of `tokenizer` before prefix, suffix and middle, in this order.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
+        without: the samples that are removed: nothing of them is read or predicted.
         validation: sets that the run evaluates on beside what is held out, by name.
     """
 
@@ -84,6 +98,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fim_tokens: list[str] = []
     eval_fraction: float = 0.05
     seed: int = 0
+    without: list[Removal] = []
     validation: list[ValidationConfig] = []
 
 
@@ -169,6 +184,19 @@ def _check_fill_in_middle(data: DataConfig) -> None:
             f"data.fim_tokens = {shown(data.fim_tokens)} with {said}: name three tokens of the "
             "tokenizer, those before prefix, suffix and middle"
         )
+
+
+def removed_before(removals: Sequence[Removal], step: int) -> dict[int, int]:
+    """By sample, the steps done before it was removed, for those that this was before a step. Pure.
+
+    Args:
+        step: the steps that are done.
+    """
+    found: dict[int, int] = {}
+    for removal in removals:
+        for sample in removal.samples if removal.start < step else ():
+            found[sample] = min(removal.start, found.get(sample, removal.start))
+    return found
 
 
 def validation_names(data: DataConfig) -> tuple[str, ...]:

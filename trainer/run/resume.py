@@ -30,11 +30,13 @@ from holdfast.trainer.config import (
     HELD_OUT,
     DataConfig,
     OptimizerConfig,
+    Removal,
     RunConfig,
     advice_to_allow,
     anchored,
     flat_keys,
     refused_changes,
+    removed_before,
     validation_names,
 )
 from holdfast.trainer.learning_rates import learning_rate
@@ -65,9 +67,10 @@ MUST_MATCH = (
     *OF_THE_STATE,
 )
 """The keys that must not change, because the run would be another run."""
-_MAY_DIFFER = ("data.validation", "model.from_hf", "model.multi_token_loss_coef")
-"""The keys among these that change nothing of the training, or nothing once it has begun, and a
-factor that is lowered as training goes on."""
+REMOVED = "data.without"
+_MAY_DIFFER = ("data.validation", REMOVED, "model.from_hf", "model.multi_token_loss_coef")
+"""The keys among these that change nothing of the training, or nothing once it has begun, a factor
+that is lowered as training goes on, and what can be removed from a step on: see `_other_removed`."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -232,6 +235,8 @@ def check_same_run(
     changed = {
         key: f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing
     }
+    if other := _other_removed(manifest, config):
+        changed[REMOVED] = other
     if config.optimizer.ema and lacks_average(manifest, state_format(config)):
         key = "optimizer.ema"
         changed[key] = f"{key} = {config.optimizer.ema} (the checkpoint has no average)"
@@ -251,6 +256,21 @@ def check_same_run(
             continue
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
     return (*notes, *_other_rate(manifest, config))
+
+
+def _other_removed(manifest: Manifest, config: RunConfig) -> str:
+    """How the samples differ that were removed before a checkpoint's step; empty: they do not."""
+    saved = manifest.config.get("data", {}).get("without", [])
+    try:
+        its = removed_before(converted(saved, list[Removal]), manifest.step)
+    except (msgspec.ValidationError, TypeError):
+        return f"{REMOVED} (the checkpoint's is not understood)"
+    mine = removed_before(config.data.without, manifest.step)
+    if mine == its:
+        return ""
+    samples = sorted(sample for sample, _ in mine.items() ^ its.items())
+    named = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    return f"{REMOVED} (the steps until the checkpoint were not with the same of sample {named})"
 
 
 def _other_rate(manifest: Manifest, config: RunConfig) -> Iterator[str]:

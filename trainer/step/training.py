@@ -6,13 +6,14 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
 
 import torch
+from msgspec.structs import replace as replace_struct
 from torch import Tensor
 
 from holdfast.parallel.comm import BusyKind, Groups
@@ -34,7 +35,7 @@ from holdfast.parallel.optimizer import (
 from holdfast.parallel.pipeline import ActionTimes, Chunk
 from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
 from holdfast.parallel.schedules import Program
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import Removal, RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
 from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
@@ -56,6 +57,7 @@ from holdfast.trainer.step.evaluation import (
     mean_held_out_loss,
     open_validation,
 )
+from holdfast.trainer.step.history import StateHistory, live_state, restore
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
@@ -112,6 +114,8 @@ class Training:
             initial: whether to draw initial weights; False if they are filled from elsewhere.
         """
         self.config, self.rank, self.device = config, rank, device
+        if before is not None:  # which may have removed samples since
+            self.config = replace_struct(config, data=before.config.data)
         self.plan, self.groups = plan, groups
         self.data = open_split(config, "train") if before is None else before.data
         self._validation = None if before is None else before._validation
@@ -131,6 +135,8 @@ class Training:
             self.model.layers.connect(plan, rank, groups.world)
         self._fence: Fence | None = None
         """The fence that is called before a block changes, while a snapshot copies the state."""
+        self.history = StateHistory(config.elastic.rewind)
+        """The steps that can be taken back: those since the last change of plan."""
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in the background transfer to the next plan."""
         team = None if before is None else before._team
@@ -289,7 +295,9 @@ class Training:
         for runner in self._runners.values():
             runner.clear()
 
-    def compute(self, step: int, at: AtPhase = no_hook) -> ActionTimes:
+    def compute(
+        self, step: int, at: AtPhase = no_hook, only: frozenset[int] | None = None
+    ) -> ActionTimes:
         """A: run the program of `step`; gradients accumulate. Collective over the pipeline group.
 
         After a recovery (`resume_step`) only missing micro-batches are computed.
@@ -297,14 +305,17 @@ class Training:
         Args:
             step: counted from 0.
             at: called during the phase; see `AtPhase`.
+            only: the micro-batches that are computed; None: all of the step.
         """
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        if self._audits.is_due(step) and not self._in_flight.resumes(step):
+        is_audited = self._audits.is_due(step) and not self.history.is_trial
+        if is_audited and not self._in_flight.resumes(step):
             self._in_flight.begin(step, lambda: None)
             self._audits.begin(step, self._micro_batches_of(step))
-        only, lost = self._only_of(step), list[LostGradient]()
+        lost = list[LostGradient]()
+        only = self._only_of(step) if only is None else only
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             only = self.to_compute(step)
             lost = self._in_flight.lost_gradients(only)
@@ -503,6 +514,7 @@ class Training:
             before = self.progress.outcome
             outcome = replace(outcome, skipped=1 + (before.skipped if before is not None else 0))
         window = self.config.numerics.spike_window
+        self.history.deciding(self.progress)
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
@@ -553,6 +565,8 @@ class Training:
     ) -> None:
         outcome = self.progress.outcome
         assert outcome is not None
+        if self.background_transfer is None:  # what it fills is not to be put back
+            self.history.keep(self._live() if outcome.usable else None)
         if outcome.usable:
             self.progress.complete = False
             factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
@@ -586,6 +600,63 @@ class Training:
             self.model.layers.cancel()
         if self.background_transfer is not None:
             self.background_transfer.close()
+
+    def _live(self) -> list[Tensor]:
+        return live_state(self.optimizer, self._shadows)
+
+    def take_back(self, step: int) -> None:
+        """Set this rank's blocks and its progress to those after `step` steps. Local.
+
+        All ranks do, and then have parameters of other steps until `gather_again`.
+
+        Raises:
+            KeyError: this state is not known; see `history`.
+        """
+        kept = self.history.find(step)
+        self._put_back(kept.progress, kept.copies)
+
+    def _put_back(self, progress: StepProgress, copies: tuple[Tensor, ...] | None) -> None:
+        if self._fence is not None:  # a snapshot may still copy what is overwritten here
+            numbers = block_numbers(self.optimizer, self._saved_shadows)
+            self._fence(numbers.of_owned(numbers.owned))
+        if copies is not None:
+            restore(self._live(), copies)
+        self.progress = replace(progress, complete=False)
+        self._in_flight.resume(-1, {}, None)
+        self.optimizer.round_masters()
+
+    def gather_again(self) -> None:
+        """Bring every rank the parameters of its blocks' owners. Collective over their holders."""
+        self.optimizer.gather()
+        self.progress.complete = True
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Steps within the block are tried: afterwards state and data are those before it.
+
+        Collective over all ranks. If a rank is lost meanwhile, its blocks are put back on each of
+        the others, and their parameters are left to the recovery.
+        """
+        self.finish_gather()
+        progress, config, data = self.progress, self.config, self.data
+        with self.history.trial(self._live()) as copies:
+            try:
+                yield
+                self.finish_gather()
+            finally:
+                self.model.arrival.cancel()
+                self.config, self.data, self._is_gathering = config, data, False
+                self._put_back(progress, copies)
+        self.gather_again()
+
+    def remove(self, removals: Sequence[Removal]) -> None:
+        """Train without more samples from now on. Local."""
+        train = self.config.train
+        data = replace_struct(self.config.data, without=[*self.config.data.without, *removals])
+        self.config = replace_struct(self.config, data=data)
+        self.data = self.data.without(
+            [(train.samples_before(removal.start), removal.samples) for removal in removals]
+        )
 
     @property
     def _last_losses(self) -> Losses | None:

@@ -218,9 +218,12 @@ class _RunView:
         elif name == "checkpoint_failed":
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
-        elif name in ("resume_note", "straggler", "wrong_computation") or (
+        elif name in ("resume_note", "straggler", "wrong_computation", "not_rewound") or (
             name == "data_opened" and not line["step"]
         ):
+            note(line["message"])
+        elif name == "rewound":
+            self._last = min(self._last, line["step"])
             note(line["message"])
         elif name == "step_skipped":
             note(line["reason"])

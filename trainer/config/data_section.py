@@ -11,6 +11,8 @@ import msgspec
 
 from holdfast.parallel.errors import DataError, shown
 
+_ENDLESS = 2**62
+"""More steps than a run has."""
 HELD_OUT = "held_out"
 """The name of the part of the corpora that is held out, among the validation sets."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -184,6 +186,16 @@ def _check_fill_in_middle(data: DataConfig) -> None:
             f"data.fim_tokens = {shown(data.fim_tokens)} with {said}: name three tokens of the "
             "tokenizer, those before prefix, suffix and middle"
         )
+
+
+def lacking_removals(own: Sequence[Removal], others: Sequence[Removal]) -> list[Removal]:
+    """What others remove, and `own` does not remove as early. Pure."""
+    known = removed_before(own, _ENDLESS)
+    found: dict[int, list[int]] = {}
+    for sample, start in sorted(removed_before(others, _ENDLESS).items()):
+        if known.get(sample, _ENDLESS) > start:
+            found.setdefault(start, []).append(sample)
+    return [Removal(start=start, samples=found[start]) for start in sorted(found)]
 
 
 def removed_before(removals: Sequence[Removal], step: int) -> dict[int, int]:

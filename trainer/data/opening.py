@@ -141,7 +141,9 @@ def open_dataset(
     Raises:
         DataError: the data is missing, unreadable, empty, too short, or beyond the vocabulary.
     """
-    samples = open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, before=before)
+    samples = open_samples(
+        data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, before=before
+    )
     if not data.without or split != "train":
         return SampledDataset(samples)
     if before is None:

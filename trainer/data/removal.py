@@ -81,6 +81,11 @@ def emptied(sequences: Sequences) -> Sequences:
     )
 
 
+def all_samples(samples: Samples) -> Samples:
+    """The samples, the removed ones included. Pure."""
+    return samples.source if isinstance(samples, RemainingSamples) else samples
+
+
 def without(samples: Samples, removed: Sequence[tuple[int, Sequence[int]]]) -> Samples:
     """The samples without some of them, and without those that they lack already.
 
@@ -89,10 +94,8 @@ def without(samples: Samples, removed: Sequence[tuple[int, Sequence[int]]]) -> S
     Raises:
         DataError: there is no sample of such a number.
     """
-    if isinstance(samples, RemainingSamples):
-        firsts, source = dict(samples.firsts), samples.source
-    else:
-        firsts, source = dict[int, int](), samples
+    source = all_samples(samples)
+    firsts = dict(samples.firsts) if isinstance(samples, RemainingSamples) else dict[int, int]()
     for first, numbers in removed:
         for number in numbers:
             if not 0 <= number < source.size:

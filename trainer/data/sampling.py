@@ -11,7 +11,7 @@ import torch
 from holdfast.parallel.pipeline import Batch, Documents
 from holdfast.trainer.data.dataset import Samples, Sequences
 from holdfast.trainer.data.mixture import corpora_taken
-from holdfast.trainer.data.removal import without
+from holdfast.trainer.data.removal import all_samples, without
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SampledDataset:
 
     def corpora_taken(self, count: int) -> tuple[tuple[int, int], ...]:
         """The size of each corpus, and how many of the first `count` samples it has."""
-        return corpora_taken(self.samples, count)
+        return corpora_taken(all_samples(self.samples), count)
 
     def predicted(self, step: int, *, global_batch: int) -> int:
         """The number of tokens that are predicted in a step, over all its micro-batches."""

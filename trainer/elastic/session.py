@@ -76,9 +76,10 @@ class ElasticSession:
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
+        parts = self._parts()
         with self._products:
-            outcome = run_step(self._parts(), step, change=change, leave=leave)
-        self._membership.committed(step + 1)
+            outcome = run_step(parts, step, change=change, leave=leave)
+        self._membership.committed(parts.training.progress.decided)
         self._changes.clear()
         return outcome
 

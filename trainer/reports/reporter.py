@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from holdfast.trainer.reports.start_facts import start_facts
 from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, note_config
 from holdfast.trainer.step import Outcome, Training, WrongComputation
 from holdfast.trainer.worlds import WorldInfo
 
@@ -59,7 +60,7 @@ class Reporter:
             first: the number of steps done already; records of later steps are dropped.
             shown: False if another process shows the records.
         """
-        self._training, self._world, self._clock = training, world, clock
+        self._training, self._world, self._clock, self._run = training, world, clock, run
         config = training.config
         self._last_s = self._began_s = clock()
         self._reported = first
@@ -279,6 +280,28 @@ class Reporter:
             reason=reason,
         )
         self._note(reason)
+
+    def went_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """Record and show that the run went back to the state after `step` steps. On every rank.
+
+        Args:
+            why: the fields of the event, a message among them.
+        """
+        if self._reported > step:
+            self.roll_back(step)
+        if not self._records.writes:
+            return
+        try:
+            note_config(self._run, self._training.config)
+        except OSError as error:
+            self._events.word.say(f"{self._run.config} cannot be written: {error}")
+        self._records.event("rewound", step=step, **why)
+        self._note(why["message"])
+
+    def nothing_found(self, step: int, message: str) -> None:
+        """Record and show that nothing explains a spike, or that the run could not go back."""
+        self._records.event("not_rewound", step=step, message=message)
+        self._note(message)
 
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
         """Record and show where the run continues from."""

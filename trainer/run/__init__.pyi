@@ -41,6 +41,9 @@ from .run_directory import (
     told_run as told_run,
     write_error as write_error,
 )
+from .run_folder import (
+    note_config as note_config,
+)
 from .secret import (
     job_secret as job_secret,
     run_secret as run_secret,

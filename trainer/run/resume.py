@@ -35,9 +35,12 @@ from holdfast.trainer.config import (
     advice_to_allow,
     anchored,
     flat_keys,
+    lacking_removals,
     refused_changes,
+    removals_of,
     removed_before,
     validation_names,
+    with_removals,
 )
 from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models import FAMILIES, family_of
@@ -70,7 +73,7 @@ MUST_MATCH = (
 REMOVED = "data.without"
 _MAY_DIFFER = ("data.validation", REMOVED, "model.from_hf", "model.multi_token_loss_coef")
 """The keys among these that change nothing of the training, or nothing once it has begun, a factor
-that is lowered as training goes on, and what can be removed from a step on: see `_other_removed`."""
+that is lowered as training goes on, and what is removed from a step on: see `_other_removed`."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -103,6 +106,8 @@ class Resume:
     """Notes for a person, one line each."""
     allow_change: tuple[str, ...] = ()
     """The keys that may differ from the checkpoint's though they must match."""
+    removals: tuple[Removal, ...] = ()
+    """The samples that the run has removed, which the configuration does not say."""
 
 
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
@@ -158,6 +163,18 @@ def find_resume(
     """
     if wanted == "none":
         return _beginning(root, config, allow_change)
+    removals = lacking_removals(config.data.without, removals_of(root / "config.toml"))
+    found = _found(root, with_removals(config, removals), wanted, allow_change)
+    notes = (
+        f"the run goes on without sample {', '.join(map(str, removal.samples))}, which it has "
+        f"removed after step {removal.start} ({REMOVED})"
+        for removal in removals
+    )
+    return replace(found, notes=(*notes, *found.notes), removals=tuple(removals))
+
+
+def _found(root: Path, config: RunConfig, wanted: str, allow_change: tuple[str, ...]) -> Resume:
+    """As `find_resume`, for what is not "none", and a configuration that removes all samples."""
     if wanted == "best":
         wanted = _best_place(root, config)
     if wanted != "auto":
@@ -167,7 +184,7 @@ def find_resume(
         except CheckpointError as error:
             raise ConfigError(f"--resume {wanted}: {_convertible(wanted) or error}") from error
         if is_converted(manifest) and not has_state(manifest, state_format(config)):
-            own = find_resume(root, config, "auto", allow_change=allow_change)
+            own = _found(root, config, "auto", allow_change)
             if own.candidates:
                 began = f"the run has checkpoints of its own; {found.place} is what it began with"
                 return replace(own, notes=(began, *own.notes))

@@ -35,7 +35,7 @@ from holdfast.parallel.optimizer import (
 from holdfast.parallel.pipeline import ActionTimes, Chunk
 from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
 from holdfast.parallel.schedules import Program
-from holdfast.trainer.config import Removal, RunConfig
+from holdfast.trainer.config import Removal, RunConfig, with_removals
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
 from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
@@ -625,6 +625,15 @@ class Training:
         self._in_flight.resume(-1, {}, None)
         self.optimizer.round_masters()
 
+    def go_back(self, step: int, removals: Sequence[Removal]) -> None:
+        """Go on from the state after `step` steps, and without some samples. As `take_back`."""
+        rewinds = self.progress.rewinds + 1
+        self.finish_gather()
+        self.take_back(step)
+        self.progress.rewinds = rewinds
+        self.history.forget_from(step)
+        self.remove(removals)
+
     def gather_again(self) -> None:
         """Bring every rank the parameters of its blocks' owners. Collective over their holders."""
         self.optimizer.gather()
@@ -651,12 +660,9 @@ class Training:
 
     def remove(self, removals: Sequence[Removal]) -> None:
         """Train without more samples from now on. Local."""
-        train = self.config.train
-        data = replace_struct(self.config.data, without=[*self.config.data.without, *removals])
-        self.config = replace_struct(self.config, data=data)
-        self.data = self.data.without(
-            [(train.samples_before(removal.start), removal.samples) for removal in removals]
-        )
+        before = self.config.train.samples_before
+        self.config = with_removals(self.config, removals)
+        self.data = self.data.without([(before(found.start), found.samples) for found in removals])
 
     @property
     def _last_losses(self) -> Losses | None:

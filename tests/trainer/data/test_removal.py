@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from holdfast.parallel.errors import ConfigError, DataError
-from holdfast.trainer.config import DataConfig, Removal, check_config
+from holdfast.trainer.config import Removal, check_config, convert_config
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.data.dataset import NOTHING
-from support.runs.small_runs import make_config
+from support.runs.small_runs import SMALL, make_config
 
 BATCH = 4
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,8 @@ def opened(kind: str, texts: list[str], removals: list[Removal]) -> Dataset:
     keys = {"kind": "text", "path": texts, **KINDS[kind]}
     if keys["kind"] == "synthetic":
         keys.pop("path")
-    data = DataConfig(**keys, without=removals)
+    data = convert_config({**SMALL, "data": keys}).data
+    data = msgspec.structs.replace(data, without=removals)
     return open_dataset(data, vocab=257, seq_len=16, seed=1, before=lambda step: step * BATCH)
 
 

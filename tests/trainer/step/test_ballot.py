@@ -28,7 +28,8 @@ def test_the_order_on_the_wire_stands() -> None:
     assert ballot.dtype == torch.float64
     assert ballot.tolist() == [1, 0, 8, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1]
     flags = ("nonfinite", "out_of_range")
-    assert (*flags, "save", "stop", "interrupt", "busy", "change", "filling", "leave") == MARKS
+    requests = ("save", "stop", "interrupt", "busy", "change", "filling", "leave", "rewind")
+    assert (*flags, *requests) == MARKS
 
 
 def test_every_request_has_a_slot() -> None:

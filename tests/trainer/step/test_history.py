@@ -81,7 +81,9 @@ def test_steps_taken_back_are_repeated_with_the_same_bits(
         }
     )
     here = f"{__name__}:take_back_and_repeat"
-    for once, tried, again, updates in cluster.run(here, config.parallel.ranks, config=msgspec.to_builtins(config)):
+    for once, tried, again, updates in cluster.run(
+        here, config.parallel.ranks, config=msgspec.to_builtins(config)
+    ):
         assert again == once[STEPS - BACK :]
         assert tried[0][0] == again[0][0], "a trial begins with the state of the same step"
         assert tried[-1] != again[-1], "and trains without the sample"

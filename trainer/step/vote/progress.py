@@ -37,6 +37,8 @@ class Requests:
     BackgroundTransfer."""
     leave: bool = False
     """Whether this rank leaves at the next change."""
+    rewind: bool = False
+    """Whether a person asks for steps to be taken back."""
 
 
 NO_REQUESTS = Requests()

@@ -1,0 +1,99 @@
+"""A planted sample that makes a spike is found and named, and the run ends as if it never had it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.step import open_split
+from support.processes.cluster import Cluster
+from support.runs.small_runs import events_of, make_config, metrics_of
+
+pytestmark = [pytest.mark.mp]
+
+BATCH = 4
+STEPS = 18
+POISON = 115
+"""The number of the planted document's line."""
+DOCUMENTS = 128
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of one sequence each, which are learnt soon, and one of random letters."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    draw = random.Random(1)
+    texts = ["ab" * 8] * DOCUMENTS
+    texts[POISON] = "".join(draw.choice("ZYXWVUTSRQPONMLK") for _ in range(16))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def config_of(corpus: Path, **sections: dict[str, Any]) -> RunConfig:
+    data = {
+        "kind": "text",
+        "path": [str(corpus)],
+        "packing": "best-fit",
+        "eval_fraction": 0.0,
+        **sections.pop("data", {}),
+    }
+    train = {"steps": STEPS, "seq_len": 16, "global_batch": BATCH, "micro_batch": 2}
+    guard = {"spike_window": 4, "spike_sigmas": 6.0, "spike_action": "rewind"}
+    return make_config(
+        model={"layers": 2, "vocab": 257, "dropout": 0.0},
+        data=data,
+        train={**train, **sections.pop("train", {})},
+        optimizer={"lr": 3e-2, "schedule": "constant"},
+        numerics={**guard, **sections.pop("numerics", {})},
+        elastic={"rewind": 3, **sections.pop("elastic", {})},
+        **sections,
+    )
+
+
+def poison_of(config: RunConfig) -> tuple[int, int]:
+    """The number of the planted sample, and the step that reads it, counted from 0."""
+    data = open_split(config, "train")
+    for place in range(STEPS * BATCH):
+        if bytes(data.sample(place).tokens[0, :4].tolist()).isupper():
+            return data.numbers(place, 1)[0], place // BATCH
+    raise AssertionError("no step reads it")
+
+
+def train_in(cluster: Cluster, config: RunConfig, root: Path, **more: Any) -> None:
+    plain = msgspec.to_builtins(config)
+    job = "support.runs.small_runs:train_in"
+    cluster.run(job, config.parallel.ranks, config=plain, root=str(root), **more)
+
+
+def bits_of(root: Path) -> tuple[Any, ...]:
+    """All that is to be equal: each step's numbers and digests with their chain, and the end."""
+    lines = [(m["step"], m["loss_hex"], m["grad_norm_hex"]) for m in metrics_of(root)]
+    ends = [event["parameter_digest"] for event in events_of(root, "run_finished")]
+    return lines, RunDirectory(root).digests.read_text(), ends
+
+
+def test_a_poisonous_sample_is_found_and_the_run_ends_as_if_it_never_had_it(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    config = config_of(corpus, parallel={"data": 2}, checkpoint={"every": 4})
+    number, step = poison_of(config)
+    train_in(cluster, config, tmp_path / "with")
+    (event,) = events_of(tmp_path / "with", "rewound")
+    assert event["samples"] == [number]
+    assert event["spike"] == step + 1
+    assert event["loss"] > 10 * event["loss_without"]
+    assert f"sample {number}: 'VXRW" in event["message"]
+    skipped = {event["step"] for event in events_of(tmp_path / "with", "step_skipped")}
+    assert skipped == {event["step"] for event in events_of(tmp_path / "with", "not_rewound")}
+    assert step + 1 not in skipped
+
+    never = config_of(corpus, data={"without": [{"samples": [number]}]})
+    train_in(cluster, never, tmp_path / "without")
+    assert bits_of(tmp_path / "with") == bits_of(tmp_path / "without")

@@ -1,3 +1,7 @@
+from .folder_lock import (
+    is_locked as is_locked,
+    unwritable as unwritable,
+)
 from .history import (
     read_events as read_events,
 )
@@ -42,6 +46,7 @@ from .run_directory import (
     write_error as write_error,
 )
 from .run_folder import (
+    locked_run as locked_run,
     note_config as note_config,
 )
 from .secret import (

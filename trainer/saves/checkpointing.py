@@ -326,7 +326,13 @@ class Checkpoints:
         Returns:
             The results of saves that were under way.
         """
-        results, progress = self.finish(), self._progress
+        results = self.finish()
+        self.forget_after(step)
+        return results
+
+    def forget_after(self, step: int) -> None:
+        """Set the saves of later steps aside, of which none is under way. On every rank."""
+        progress = self._progress
         if progress.committed_step > step or progress.saved_step > step:
             # What is left on the disk may be old.
             progress.committed_step = progress.saved_step = -1
@@ -334,7 +340,6 @@ class Checkpoints:
         if self._is_first:
             set_aside_newer(self._disk.root, step)
             forget_newer(self._run.root, step)
-        return results
 
     def forget_memory(self) -> None:
         """Remove the copies in memory, once the run's last step is on the disk."""

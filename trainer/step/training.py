@@ -628,7 +628,8 @@ class Training:
     def go_back(self, step: int, removals: Sequence[Removal]) -> None:
         """Go on from the state after `step` steps, and without some samples. As `take_back`."""
         rewinds = self.progress.rewinds + 1
-        self.finish_gather()
+        self.model.arrival.cancel()
+        self._is_gathering = False
         self.take_back(step)
         self.progress.rewinds = rewinds
         self.history.forget_from(step)

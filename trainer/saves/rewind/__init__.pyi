@@ -7,3 +7,6 @@ from .requests import (
     RewindRequest as RewindRequest,
     ask as ask,
 )
+from .stopped import (
+    take_back_stopped as take_back_stopped,
+)

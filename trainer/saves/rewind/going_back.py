@@ -38,7 +38,7 @@ def go_back_from_spike(
             said += f"{step + 1}"
         else:
             said += "no step is known that can be taken back, as ranks have just changed"
-        reporter.nothing_found(step + 1, said)
+        reporter.stays(step + 1, said)
         return False
     removal = Removal(start=found.step, samples=sorted(found.samples))
     why = _why(training, step, outcome, found)
@@ -91,13 +91,13 @@ def answer_request(
             f"last {most} (elastic.rewind = {training.config.elastic.rewind}, since ranks last "
             "changed); stop it, and take steps back from a checkpoint"
         )
-        reporter.nothing_found(done, f"{request.name}: {message}")
+        reporter.stays(done, message, request.name)
         return
     removal = Removal(start=target, samples=request.samples)
     try:
         training.data.without([(0, request.samples)])
     except DataError as error:
-        reporter.nothing_found(done, f"{request.name}: {error}")
+        reporter.stays(done, str(error), request.name)
         return
     named = f" without sample {', '.join(map(str, request.samples))}" if request.samples else ""
     why = {
@@ -129,6 +129,7 @@ def _go_back(
     why: Mapping[str, Any],
 ) -> None:
     removals: Sequence[Removal] = [removal] if removal.samples else []
+    training.finish_gather()
     training.go_back(removal.start, removals)
     training.gather_again()
     ended = checkpoints.go_back(removal.start)

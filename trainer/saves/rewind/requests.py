@@ -37,7 +37,7 @@ def ask(path: Path, request: RewindRequest) -> None:
 def take_request(path: Path) -> RewindRequest | None:
     """Read a request, and remove its file; None: there is none that can be read."""
     try:
-        found = decode_json(read_regular(path, _MOST_BYTES), RewindRequest)
+        found = decode_json(read_regular(path, _MOST_BYTES, own=True), RewindRequest)
     except (OSError, ValueError):
         found = None
     try:

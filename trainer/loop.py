@@ -35,8 +35,7 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, Signals, locate_log
-from holdfast.trainer.saves import Checkpoints
-from holdfast.trainer.saves.rewind import answer_request, go_back_from_spike
+from holdfast.trainer.saves import Checkpoints, answer_request, go_back_from_spike
 from holdfast.trainer.step import (
     AtPhase,
     Outcome,

@@ -15,7 +15,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import say
 from holdfast.trainer.config import RunConfig, load_config
 from holdfast.trainer.run import RunDirectory, is_locked, locked_run, read_events
-from holdfast.trainer.saves.rewind import MOST_SAMPLES, RewindRequest, ask, take_back_stopped
+from holdfast.trainer.saves import MOST_SAMPLES, RewindRequest, ask, take_back_stopped
 
 _POLL_S = 0.1
 

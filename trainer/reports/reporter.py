@@ -32,7 +32,7 @@ from holdfast.trainer.reports.start_facts import start_facts
 from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
-from holdfast.trainer.run import RunDirectory, note_config
+from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Training, WrongComputation
 from holdfast.trainer.worlds import WorldInfo
 
@@ -60,7 +60,7 @@ class Reporter:
             first: the number of steps done already; records of later steps are dropped.
             shown: False if another process shows the records.
         """
-        self._training, self._world, self._clock, self._run = training, world, clock, run
+        self._training, self._world, self._clock = training, world, clock
         config = training.config
         self._last_s = self._began_s = clock()
         self.reported = first
@@ -291,10 +291,7 @@ class Reporter:
             self.roll_back(step)
         if not self._records.writes:
             return
-        try:
-            note_config(self._run, self._training.config)
-        except OSError as error:
-            self._events.word.say(f"{self._run.config} cannot be written: {error}")
+        self._records.note_config(self._training.config)
         self._records.event("rewound", step=step, **why)
         self._note(why["message"])
 

@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from time import perf_counter
 
 import torch
-from msgspec.structs import replace as replace_struct
 from torch import Tensor
 
 from holdfast.parallel.comm import BusyKind, Groups
@@ -113,9 +112,7 @@ class Training:
                 unchanged are reused.
             initial: whether to draw initial weights; False if they are filled from elsewhere.
         """
-        self.config, self.rank, self.device = config, rank, device
-        if before is not None:  # which may have removed samples since
-            self.config = replace_struct(config, data=before.config.data)
+        self.config, self.rank, self.device = _going_on(config, before), rank, device
         self.plan, self.groups = plan, groups
         self.data = open_split(config, "train") if before is None else before.data
         self._validation = None if before is None else before._validation
@@ -135,8 +132,6 @@ class Training:
             self.model.layers.connect(plan, rank, groups.world)
         self._fence: Fence | None = None
         """The fence that is called before a block changes, while a snapshot copies the state."""
-        self.history = StateHistory(config.elastic.rewind)
-        """The steps that can be taken back: those since the last change of plan."""
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in the background transfer to the next plan."""
         team = None if before is None else before._team
@@ -166,6 +161,11 @@ class Training:
             config, self._runners, plan, rank, groups, device, self.offloader
         )
         self._start(begun, self.data, training=True)
+
+    @cached_property
+    def history(self) -> StateHistory:
+        """The steps that can be taken back: those since the last change of plan."""
+        return StateHistory(self.config.elastic.rewind)
 
     def _new_audits(self) -> StepAudits:
         config = self.config
@@ -717,3 +717,8 @@ class Training:
         self.finish_gather()
         with self.busy("compare"):
             return parameter_digest(self.plan, self.optimizer, self.groups.control)
+
+
+def _going_on(config: RunConfig, before: Training | None) -> RunConfig:
+    """The configuration without the samples that have been removed since the run began. Pure."""
+    return config if before is None else with_removals(config, before.config.data.without)

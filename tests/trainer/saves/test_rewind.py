@@ -13,7 +13,7 @@ import pytest
 from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.trainer.config import Removal, RunConfig, dump_toml, load_config
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.saves.rewind import take_back_stopped
+from holdfast.trainer.saves import take_back_stopped
 from holdfast.trainer.step import open_split
 from support.processes.cluster import Cluster
 from support.runs.commands import holdfast

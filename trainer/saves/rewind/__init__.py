@@ -1,7 +1,7 @@
 """Going back to an earlier step from memory: why, how far, and without which samples.
 
-May import trainer.config, trainer.data, trainer.reports, trainer.run, trainer.step, trainer.saves
-and parallel.
+May import trainer.config, trainer.data, trainer.reports, trainer.run, trainer.step, trainer.saves,
+checkpoint.format, checkpoint.stores and parallel.
 """
 
 import lazy_loader

@@ -82,7 +82,12 @@ class _Suspicion:
     """The suspicion that a step has samples that cause the spike of the same or a later step."""
 
     def __init__(self, training: Training, suspect: int, last: int) -> None:
-        """Args: suspect, last: the step with the samples, and that with the spike, from 0."""
+        """Nothing is computed yet.
+
+        Args:
+            suspect: the step with the samples, counted from 0.
+            last: the step with the spike.
+        """
         self._training, self._suspect, self._last = training, suspect, last
         self._data, train = training.data, training.config.train
         self._first, self._size = train.samples_before(suspect), train.micro_batch

@@ -85,9 +85,12 @@ def bits_of(root: Path) -> tuple[Any, ...]:
 def test_a_poisonous_sample_is_found_and_the_run_ends_as_if_it_never_had_it(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    config = config_of(corpus, parallel={"data": 2}, checkpoint={"every": 4})
-    number, step = poison_of(config)
-    train_in(cluster, config, tmp_path / "with")
+    """It is stopped later, and resumed by a configuration that does not name the sample."""
+    number, step = poison_of(config_of(corpus))
+    for layout, stop_after in (({"data": 2, "pipeline": 2}, step + 2), ({"data": 2}, 0)):
+        train = {"stop_after": stop_after}
+        config = config_of(corpus, parallel=layout, checkpoint={"every": 4}, train=train)
+        train_in(cluster, config, tmp_path / "with")
     (event,) = events_of(tmp_path / "with", "rewound")
     assert event["samples"] == [number]
     assert event["spike"] == step + 1

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from torch.distributed import Store
 
 from holdfast.parallel.errors import ConfigError, DataError
-from holdfast.trainer.config import Removal, RunConfig, dump_toml, load_config
+from holdfast.trainer.config import Removal, RunConfig, convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.saves import take_back_stopped
 from holdfast.trainer.step import open_split
@@ -137,3 +138,46 @@ def test_a_stopped_run_goes_on_from_a_checkpoint_without_the_samples_named(
     assert bits_of(run) == bits_of(tmp_path / "without")
     found = load_config(directory.config, []).data.without
     assert found == [Removal(start=12, samples=[number])]
+
+
+def suspect_steps(rank: int, world_size: int, store: Store, *, config: dict, step: int) -> Any:
+    """Train until the step after `step`, counted from 0, and suspect each of the last three.
+
+    `step` is applied, because the guard knows no steps before it then.
+
+    Returns:
+        What is found in each of them, and digests of the parameters before and after.
+    """
+    from holdfast.trainer.saves.rewind.search import Suspicion
+    from holdfast.trainer.step import RecentSteps
+    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.worlds.world import local_world
+
+    run_config = convert_config(config)
+    training = open_training(run_config, local_world(rank, world_size), store)
+    known = RecentSteps()
+    for number in range(step + 2):
+        if number == step:
+            known, training.progress.recent = training.progress.recent, RecentSteps()
+        training.compute(number)
+        assert training.vote(*training.reduce()).usable or number < step
+        training.apply(run_config.rate_of(number))
+    training.history.find(step).progress.recent = known
+    before = training.parameter_digest()
+    found = []
+    for suspect in (step - 1, step):
+        with training.trial():
+            found.append(Suspicion(training, suspect, step + 1).culprit())
+    return found, before, training.parameter_digest()
+
+
+def test_a_sample_of_an_earlier_step_is_found_by_training_the_steps_after_it_again(
+    cluster: Cluster, corpus: Path
+) -> None:
+    config = config_of(corpus, parallel={"data": 2})
+    number, step = poison_of(config)
+    job, plain = f"{__name__}:suspect_steps", msgspec.to_builtins(config)
+    for (innocent, guilty), before, after in cluster.run(job, 2, config=plain, step=step):
+        assert innocent is None
+        assert (guilty.step, guilty.samples) == (step, (number,))
+        assert after == before

@@ -56,7 +56,7 @@ def find_culprit(training: Training, step: int) -> Culprit | None:
     """
     with training.busy("compare"), training.trial():
         for suspect in reversed(training.history.steps):
-            if found := _Suspicion(training, suspect, step).culprit():
+            if found := Suspicion(training, suspect, step).culprit():
                 return found
     return None
 
@@ -78,7 +78,7 @@ def _ratio(value: float, usual: float) -> float:
     return value / usual if usual > 0 else value
 
 
-class _Suspicion:
+class Suspicion:
     """The suspicion that a step has samples that cause the spike of the same or a later step."""
 
     def __init__(self, training: Training, suspect: int, last: int) -> None:

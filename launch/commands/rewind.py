@@ -14,7 +14,7 @@ from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import say
 from holdfast.trainer.config import RunConfig, load_config
-from holdfast.trainer.run import RunDirectory, is_locked, locked_run, read_events
+from holdfast.trainer.run import RunDirectory, at_rest, is_locked, read_events
 from holdfast.trainer.saves import MOST_SAMPLES, RewindRequest, ask, take_back_stopped
 
 _POLL_S = 0.1
@@ -46,7 +46,7 @@ def rewind(
     config, samples = load_config(run.config, []), _numbers(without)
     if is_locked(folder):
         raise typer.Exit(_ask(run, config, steps, samples))
-    with locked_run(folder):
+    with at_rest(folder):
         say(take_back_stopped(run, config, steps, samples))
     say(f"go on with: holdfast resume {folder}")
 

@@ -46,7 +46,7 @@ from .run_directory import (
     write_error as write_error,
 )
 from .run_folder import (
-    locked_run as locked_run,
+    at_rest as at_rest,
     note_config as note_config,
 )
 from .secret import (

@@ -29,6 +29,7 @@ from .opening import (
 from .resume import (
     CERTIFICATE as CERTIFICATE,
     FINGERPRINT as FINGERPRINT,
+    REMOVED as REMOVED,
     Resume as Resume,
     best_rule as best_rule,
     check_same_data as check_same_data,

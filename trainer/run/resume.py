@@ -74,6 +74,8 @@ REMOVED = "data.without"
 _MAY_DIFFER = ("data.validation", REMOVED, "model.from_hf", "model.multi_token_loss_coef")
 """The keys among these that change nothing of the training, or nothing once it has begun, a factor
 that is lowered as training goes on, and what is removed from a step on: see `_other_removed`."""
+_MOST_NAMED = 8
+"""The samples that an error names at most."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -285,9 +287,15 @@ def _other_removed(manifest: Manifest, config: RunConfig) -> str:
     mine = removed_before(config.data.without, manifest.step)
     if mine == its:
         return ""
-    samples = sorted(sample for sample, _ in mine.items() ^ its.items())
-    named = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-    return f"{REMOVED} (the steps until the checkpoint were not with the same of sample {named})"
+    told = [
+        f"{said} sample {', '.join(str(sample) for sample, _ in sorted(found)[:_MOST_NAMED])}"
+        for said, found in (
+            ("the steps before the checkpoint were without", its.items() - mine.items()),
+            ("the checkpoint does not say that its steps were without", mine.items() - its.items()),
+        )
+        if found
+    ]
+    return f"{REMOVED} ({'; '.join(told)})"
 
 
 def _other_rate(manifest: Manifest, config: RunConfig) -> Iterator[str]:

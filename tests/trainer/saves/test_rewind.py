@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.trainer.config import Removal, RunConfig, convert_config, dump_toml, load_config
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, find_resume
 from holdfast.trainer.saves import take_back_stopped
 from holdfast.trainer.step import open_split
 from support.processes.cluster import Cluster
@@ -136,6 +136,10 @@ def test_a_stopped_run_goes_on_from_a_checkpoint_without_the_samples_named(
     assert 12 <= step < STEPS
     train_in(cluster, never, tmp_path / "without")
     assert bits_of(run) == bits_of(tmp_path / "without")
+    with pytest.raises(ConfigError, match=rf"checkpoint were without sample {number}\); change"):
+        find_resume(tmp_path / "other", config, str(run / "checkpoints" / "step-00000016"))
+    begun = find_resume(tmp_path / "other", config, str(run / "checkpoints" / "step-00000012"))
+    assert begun.candidates
     found = load_config(directory.config, []).data.without
     assert found == [Removal(start=12, samples=[number])]
 

@@ -24,12 +24,23 @@ def take_back_and_repeat(rank: int, world_size: int, store: Store, *, config: di
     Returns:
         By step, its loss and norm; digests before each step; then the same of the repetition.
     """
+    from unittest import mock
+
+    from holdfast.parallel.plan.replan import Roster, with_shadows
     from holdfast.trainer.config import Removal
-    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.elastic.corruption import compare_copies
+    from holdfast.trainer.elastic.state_recovery import fill_shadows
+    from holdfast.trainer.step import build
     from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
-    training = open_training(run_config, local_world(rank, world_size), store)
+    nodes = {r: f"node{r}" for r in range(world_size)}
+    plan_of, roster = build.plan_of, Roster(tuple(range(world_size)), nodes)
+    shadows = run_config.elastic.redundancy if world_size > 1 else 0
+    with mock.patch.object(build, "plan_of", lambda c: with_shadows(plan_of(c), roster, shadows)):
+        training = build.open_training(run_config, local_world(rank, world_size), store)
+    if shadows:
+        fill_shadows(training, training.groups.world, nodes)
 
     def run(first: int) -> list[Any]:
         found = []
@@ -55,11 +66,16 @@ def take_back_and_repeat(rank: int, world_size: int, store: Store, *, config: di
     training.gather_again()
     training.history.forget_from(first)
     again = run(first)
+    if shadows:
+        assert training.shadows.blocks
+        assert not compare_copies(training, training.groups.world).corrupt
     return once, tried, again, training.optimizer.step
 
 
 LAYOUTS: list[dict[str, Any]] = [
     {"parallel": {"data": 2}},
+    {"parallel": {"data": 2}, "elastic": {"redundancy": 1}, "train": {"precision": "bf16"}},
+    {"parallel": {"data": 3}, "elastic": {"redundancy": 1, "shadow_memory": "host"}},
     {"parallel": {"data": 2, "pipeline": 2}, "train": {"precision": "bf16"}},
     {"parallel": {"tensor": 2}, "optimizer": {"name": "muon"}},
     {"parallel": {"data": 2, "shard": "parameters"}, "optimizer": {"ema": 0.9}},
@@ -67,7 +83,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("sections", LAYOUTS, ids=lambda found: str(found["parallel"]))
+@pytest.mark.parametrize("sections", LAYOUTS, ids=str)
 def test_steps_taken_back_are_repeated_with_the_same_bits(
     cluster: Cluster, sections: dict[str, Any]
 ) -> None:
@@ -77,7 +93,7 @@ def test_steps_taken_back_are_repeated_with_the_same_bits(
             **sections,
             "model": {"layers": 2},
             "train": train,
-            "elastic": {"rewind": BACK},
+            "elastic": {"rewind": BACK, "redundancy": 0, **sections.get("elastic", {})},
         }
     )
     here = f"{__name__}:take_back_and_repeat"

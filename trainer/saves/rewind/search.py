@@ -54,7 +54,7 @@ def find_culprit(training: Training, step: int) -> Culprit | None:
     Args:
         step: the last one that was decided.
     """
-    with training.busy("compare"), training.trial():
+    with training.trial():
         for suspect in reversed(training.history.steps):
             if found := Suspicion(training, suspect, step).culprit():
                 return found

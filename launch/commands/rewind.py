@@ -46,7 +46,7 @@ def rewind(
     config, samples = load_config(run.config, []), _numbers(without)
     if is_locked(folder):
         raise typer.Exit(_ask(run, config, steps, samples))
-    with at_rest(folder):
+    with at_rest(folder, config):
         say(take_back_stopped(run, config, steps, samples))
     say(f"go on with: holdfast resume {folder}")
 

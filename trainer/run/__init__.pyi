@@ -23,6 +23,7 @@ from .memory_copies import (
 from .opening import (
     OpenedRun as OpenedRun,
     RunRequest as RunRequest,
+    at_rest as at_rest,
     load_run_config as load_run_config,
     opened_run as opened_run,
 )
@@ -47,7 +48,6 @@ from .run_directory import (
     write_error as write_error,
 )
 from .run_folder import (
-    at_rest as at_rest,
     note_config as note_config,
 )
 from .secret import (

@@ -134,3 +134,19 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
         if not config.train.compile:  # compiled code serves other runs of this machine too
             held.enter_context(torch_caches_in(run.log(0).parent))
         yield OpenedRun(with_removals(config, run.resume.removals), run)
+
+
+@contextlib.contextmanager
+def at_rest(root: Path, config: RunConfig) -> Iterator[None]:
+    """Keep a run from going on during the block, which changes what it goes on from.
+
+    Args:
+        config: that of its folder.
+    Raises:
+        ConfigError: the run is under way, or the folder or that of its checkpoints is no run's,
+            another run's, or cannot be written.
+    """
+    with locked_run(root):
+        identity, _ = open_identity(root)
+        with claimed_checkpoints(root, identity, config, "auto"):
+            yield

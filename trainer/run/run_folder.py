@@ -153,18 +153,6 @@ def locked_run(root: Path) -> Iterator[None]:
             raise
 
 
-@contextlib.contextmanager
-def at_rest(root: Path) -> Iterator[None]:
-    """Keep a run from going on in its folder during the block, which changes what it goes on from.
-
-    Raises:
-        ConfigError: it is under way, or the folder is no run's, or cannot be written.
-    """
-    check_run_folder(root)
-    with lock_folder(root, "RUN"):
-        yield
-
-
 def open_run(
     root: Path,
     config: RunConfig,

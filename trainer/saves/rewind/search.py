@@ -54,6 +54,8 @@ def find_culprit(training: Training, step: int) -> Culprit | None:
     Args:
         step: the last one that was decided.
     """
+    if not training.history.steps:
+        return None
     with training.trial():
         for suspect in reversed(training.history.steps):
             if found := Suspicion(training, suspect, step).culprit():

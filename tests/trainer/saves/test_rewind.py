@@ -15,6 +15,7 @@ from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.trainer.config import Removal, RunConfig, convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunDirectory, find_resume
 from holdfast.trainer.saves import take_back_stopped
+from holdfast.trainer.saves.rewind.search import Part, suspects
 from holdfast.trainer.step import open_split
 from support.processes.cluster import Cluster
 from support.runs.commands import holdfast
@@ -81,6 +82,15 @@ def bits_of(root: Path) -> tuple[Any, ...]:
     lines = [(m["step"], m["loss_hex"], m["grad_norm_hex"]) for m in metrics_of(root)]
     ends = [event["parameter_digest"] for event in events_of(root, "run_finished")]
     return lines, RunDirectory(root).digests.read_text(), ends[-1]
+
+
+def test_what_is_suspected_stands_out_from_half_of_the_parts() -> None:
+    even = {number: Part(1.0, 1.0 + number / 10) for number in range(6)}
+    assert suspects(even) == [5]
+    assert suspects({**even, 2: Part(3.0, 1.0), 4: Part(1.0, 9.0)}) == [4, 2]
+    assert suspects({number: Part(float(number), 1.0) for number in range(1, 9)}) == [8]
+    assert suspects({number: Part(2.0**number, 1.0) for number in range(8)}) == [7, 6, 5, 4]
+    assert suspects({0: Part(1.0, 0.0)}) == [0]
 
 
 def test_a_poisonous_sample_is_found_and_the_run_ends_as_if_it_never_had_it(

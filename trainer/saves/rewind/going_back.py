@@ -53,11 +53,10 @@ def _why(training: Training, step: int, outcome: Outcome, found: Culprit) -> Map
         f"{micro_batch} of step {found.step + 1})"
         for place, micro_batch in zip(found.places, found.micro_batches, strict=True)
     ]
-    caused = "that causes it" if len(named) == 1 else "that cause it"
     message = (
-        f"step {step + 1} is a spike: {outcome.spike}; the run goes back to step {found.step} and "
-        f"on without what was found {caused}: {'; '.join(named)}; its loss is {found.loss:.6g} "
-        f"then, and was {outcome.loss:.6g}"
+        f"step {step + 1} is a spike: {outcome.spike}; its cause is {' with '.join(named)}; the "
+        f"run goes back to step {found.step} and on without it, to a loss of {found.loss:.6g} "
+        f"instead of {outcome.loss:.6g}"
     )
     return {
         "by": "rule",

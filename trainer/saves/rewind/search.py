@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.step import Outcome, Training
 
 _MOST_SAMPLES = 4
 """The samples of one step that are suspected at most."""
+_STANDS_OUT = 2.0
+"""A micro-batch is suspected beside the first if it is this many times the usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,20 @@ def find_culprit(training: Training, step: int) -> Culprit | None:
     return None
 
 
-def by_size(parts: Mapping[int, Part]) -> list[int]:
-    """The parts by how much their loss or norm is above the median, the largest first. Pure."""
-    losses, norms = (
-        median(getattr(part, name) for part in parts.values()) for name in ("loss", "grad_norm")
-    )
+def suspects(parts: Mapping[int, Part]) -> list[int]:
+    """The parts that may be the cause: the one that stands out most, and others that do. Pure.
 
-    def size(number: int) -> float:
-        part = parts[number]
-        return max(_ratio(part.loss, losses), _ratio(part.grad_norm, norms))
-
-    return sorted(parts, key=lambda number: (-size(number), number))
+    A part stands out by its loss or its norm, over those that at least half of the parts have.
+    """
+    losses = median_low(part.loss for part in parts.values())
+    norms = median_low(part.grad_norm for part in parts.values())
+    sizes = {
+        number: max(_ratio(part.loss, losses), _ratio(part.grad_norm, norms))
+        for number, part in parts.items()
+    }
+    ordered = sorted(parts, key=lambda number: (-sizes[number], number))
+    first, *others = ordered[:_MOST_SAMPLES]
+    return [first, *(number for number in others if sizes[number] >= _STANDS_OUT)]
 
 
 def _ratio(value: float, usual: float) -> float:
@@ -100,7 +105,7 @@ class Suspicion:
         self._go_back()
         parts = {m: self._part(m, ()) for m in range(self._micro_batches)}
         tried: list[int] = []
-        for micro_batch in by_size(parts)[:_MOST_SAMPLES]:
+        for micro_batch in suspects(parts):
             tried.append(self._largest(micro_batch))
             loss = self._loss_without(tried)
             if loss is not None:
@@ -115,7 +120,7 @@ class Suspicion:
             return first
         self._go_back()
         parts = {place: self._part(micro_batch, set(places) - {place}) for place in places}
-        return by_size(parts)[0]
+        return suspects(parts)[0]
 
     def _fewest(self, tried: Sequence[int], loss: float) -> Culprit:
         """The culprit, without samples that turn out to be innocent."""

@@ -53,9 +53,10 @@ def _why(training: Training, step: int, outcome: Outcome, found: Culprit) -> Map
         f"{micro_batch} of step {found.step + 1})"
         for place, micro_batch in zip(found.places, found.micro_batches, strict=True)
     ]
+    them = "it" if len(named) == 1 else "them"
     message = (
         f"step {step + 1} is a spike: {outcome.spike}; its cause is {' with '.join(named)}; the "
-        f"run goes back to step {found.step} and on without it, to a loss of {found.loss:.6g} "
+        f"run goes back to step {found.step} and on without {them}, to a loss of {found.loss:.6g} "
         f"instead of {outcome.loss:.6g}"
     )
     return {
@@ -87,8 +88,8 @@ def answer_request(
         most = done - known[0] if known else 0
         message = (
             f"the run cannot take {request.steps} steps back after step {done}: memory has the "
-            f"last {most} (elastic.rewind = {training.config.elastic.rewind}, since ranks last "
-            "changed); stop it, and take steps back from a checkpoint"
+            f"last {most} (elastic.rewind = {training.config.elastic.rewind}, which begins anew "
+            "when ranks change); stop it, and take steps back from a checkpoint"
         )
         reporter.stays(done, message, request.name)
         return

@@ -19,7 +19,8 @@ from holdfast.trainer.saves.rewind.search import Part, suspects
 from holdfast.trainer.step import open_split
 from support.processes.cluster import Cluster
 from support.runs.commands import holdfast
-from support.runs.small_runs import events_of, make_config, metrics_of
+from support.runs.elastic_runs import Starter, bits_of as elastic_bits_of, fault
+from support.runs.small_runs import events_of, make_config, metrics_of, run_training
 
 pytestmark = [pytest.mark.mp]
 
@@ -41,25 +42,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_of(corpus: Path, **sections: dict[str, Any]) -> RunConfig:
-    data = {
-        "kind": "text",
-        "path": [str(corpus)],
-        "packing": "best-fit",
-        "eval_fraction": 0.0,
-        **sections.pop("data", {}),
+def sections_of(corpus: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    own: dict[str, dict[str, Any]] = {
+        "model": {"layers": 2, "vocab": 257, "dropout": 0.0},
+        "data": {
+            **{"kind": "text", "path": [str(corpus)]},
+            **{"packing": "best-fit", "eval_fraction": 0.0},
+        },
+        "train": {"steps": STEPS, "seq_len": 16, "global_batch": BATCH, "micro_batch": 2},
+        "optimizer": {"lr": 3e-2, "schedule": "constant"},
+        "numerics": {"spike_window": 4, "spike_sigmas": 6.0, "spike_action": "rewind"},
+        "elastic": {"rewind": 3},
     }
-    train = {"steps": STEPS, "seq_len": 16, "global_batch": BATCH, "micro_batch": 2}
-    guard = {"spike_window": 4, "spike_sigmas": 6.0, "spike_action": "rewind"}
-    return make_config(
-        model={"layers": 2, "vocab": 257, "dropout": 0.0},
-        data=data,
-        train={**train, **sections.pop("train", {})},
-        optimizer={"lr": 3e-2, "schedule": "constant"},
-        numerics={**guard, **sections.pop("numerics", {})},
-        elastic={"rewind": 3, **sections.pop("elastic", {})},
-        **sections,
-    )
+    names = dict.fromkeys((*own, *sections))
+    return {name: {**own.get(name, {}), **sections.get(name, {})} for name in names}
+
+
+def config_of(corpus: Path, **sections: dict[str, Any]) -> RunConfig:
+    return make_config(**sections_of(corpus, **sections))
 
 
 def poison_of(config: RunConfig) -> tuple[int, int]:
@@ -195,3 +195,21 @@ def test_a_sample_of_an_earlier_step_is_found_by_training_the_steps_after_it_aga
         assert innocent is None
         assert (guilty.step, guilty.samples) == (step, (number,))
         assert after == before
+
+
+def test_a_rank_lost_during_the_search_leaves_the_step_out(
+    start: Starter, cluster: Cluster, corpus: Path
+) -> None:
+    """The other one has just begun to search."""
+    skips = config_of(corpus, numerics={"spike_action": "skip"}, elastic={"rewind": 0})
+    _, step = poison_of(skips)
+    expected = elastic_bits_of(run_training(cluster, skips))
+
+    killed = {"verify_every": 1, "rewind": 3, "chaos": [fault("kill", 1, step + 1, "apply")]}
+    run = start(**sections_of(corpus, parallel={"data": 2}, elastic=killed))
+    assert run.finish() == 0, run.output()
+    assert run.events("rank_lost")
+    assert step + 1 in {line["step"] for line in run.steps() if line.get("skipped") == "spike"}
+    assert not run.events("rewound")
+    assert not run.events("corruption")
+    assert run.bits() == expected

@@ -35,6 +35,7 @@ except KeyboardInterrupt:  # as in the command itself, and as early as can be
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "resume", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
+    "rewind": "rewind",
     "report": "report",
     "health": "health",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
@@ -46,9 +47,9 @@ COMMANDS: Final[Mapping[str, str]] = {
 """By the name of a command, the module of launch.commands whose `register` adds it."""
 RECORDED: Final = ("train", "resume", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
-ANSWERING: Final = ("verify", "diff", "prove", "bisect", "audit", "health")
-"""The commands whose exit code 1 is an answer: damaged, different, not proved, not confirmed,
-sick."""
+ANSWERING: Final = ("verify", "diff", "prove", "bisect", "audit", "health", "rewind")
+"""The commands whose exit code 1 is an answer: damaged, different, not proved, not confirmed, sick,
+not taken back."""
 ONCE_A_FLAG: Final = "--allow-change"
 COMPLETION: Final = "_HOLDFAST_COMPLETE"
 """The environment variable by which a shell asks for completions of a command line."""

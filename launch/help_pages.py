@@ -39,6 +39,10 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
         "holdfast chaos runs/run-1 --rank 2 --step 50 --phase reduce",
         "holdfast chaos runs/run-1 --every 30 --count 0",
     ),
+    "rewind": (
+        "holdfast rewind runs/run-1 --steps 5 --without 381",
+        "holdfast rewind runs/run-1 --steps 100 --without 12,381",
+    ),
     "report": ("holdfast report runs/run-1 --text",),
     "health": (
         "holdfast health",

@@ -10,7 +10,7 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.parallel.output import tell
-from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.config import RunConfig, check_config, with_removals
 from holdfast.trainer.run import (
     OpenedRun,
     RunAnswer,
@@ -66,7 +66,8 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
                     if error.__cause__ is not None:
                         raise
                     return error.exit_code  # rank 0 has said it
-                opened = OpenedRun(recorded_throughput(config, run.root), run)
+                resolved = recorded_throughput(config, run.root)
+                opened = OpenedRun(with_removals(resolved, run.resume.removals), run)
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except TermsDiffer as error:
         if not world.local_rank:  # every rank has the same lines

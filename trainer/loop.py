@@ -35,7 +35,7 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, Signals, locate_log
-from holdfast.trainer.saves import Checkpoints
+from holdfast.trainer.saves import Checkpoints, answer_request, go_back_from_spike
 from holdfast.trainer.step import (
     AtPhase,
     Outcome,
@@ -110,11 +110,12 @@ def train(
         reporter.resumed(first, checkpoints.loaded, notes)
         reporter.started(first, [worker["node"] for worker in workers])
         signals.listen(reporter.interrupted, alone=alone)
-        for step in range(first, steps):
-            outcome = run_step(parts, step)
-            stop_after = config.train.stop_after
-            if outcome.requests.stop or (stop_after and step + 1 >= stop_after):
-                stop(parts, step + 1, outcome.requests)
+        done, stop_after = first, config.train.stop_after
+        while done < steps:
+            outcome = run_step(parts, done)
+            done = training.progress.decided
+            if outcome.requests.stop or (stop_after and done >= stop_after):
+                stop(parts, done, outcome.requests)
                 return
         finish(parts, max(first, steps))
     except Exception as error:
@@ -168,6 +169,9 @@ class StepTimer:
 def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:
     """Run one step: compute, reduce, vote, apply, report, save. Collective over all ranks.
 
+    Afterwards `training.progress` says how many steps are done: fewer than before if the run has
+    gone back.
+
     Args:
         change: whether this rank knows of ranks that wait to join or leave.
         leave: whether this rank leaves at the next change.
@@ -199,6 +203,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         outcome = training.vote(squares, flags, requests, own)
     with timer.phase("apply"):
         training.apply(lr, parts.at)
+    if outcome.spike and go_back_from_spike(training, checkpoints, reporter, step, outcome):
+        return outcome
     if not outcome.usable:
         with training.busy("report"):
             reporter.skipped(step, outcome, refuse(config, step, outcome))
@@ -219,6 +225,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         if checkpoints.after_step(step + 1, outcome):
             reporter.checkpoint_skipped(step + 1)
         reporter.checkpoints(checkpoints.results())
+    if outcome.requests.rewind and not outcome.requests.stop:
+        answer_request(training, checkpoints, reporter, step + 1)
     return outcome
 
 

@@ -53,7 +53,7 @@ from holdfast.parallel.links import (
 )
 from holdfast.parallel.output import Waiting
 from holdfast.parallel.reading import decode_json
-from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.config import RunConfig, check_config, with_removals
 from holdfast.trainer.run import (
     RunAnswer,
     RunDirectory,
@@ -137,7 +137,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     health = report_of_this_node(config, RunDirectory(Path()), _task_settings(config, world))
     answer, host = ask_first(world, config, health=health)
     run, lighthouse = told_run(answer)
-    config = recorded_throughput(config, run.root)
+    config = with_removals(recorded_throughput(config, run.root), run.resume.removals)
     node = replace(_task_settings(config, world), log=run.log, incidents=run.incidents, host=host)
     node = watching(_enrolled(node, run), run, ROOTS)
     check_lighthouse(lighthouse, node.membership.secret)

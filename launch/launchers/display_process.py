@@ -24,7 +24,14 @@ from holdfast.trainer.step import plan_of
 
 _POLL_S = 0.05
 _END_S = 10.0
-_TOLD = ("resume_note", "straggler", "relieved", "slow_link", "wrong_computation")
+_TOLD = (
+    "resume_note",
+    "straggler",
+    "relieved",
+    "slow_link",
+    "wrong_computation",
+    "not_rewound",
+)
 """The events whose message is shown."""
 """Seconds that the process may take to show the remaining records."""
 
@@ -221,6 +228,9 @@ class _RunView:
             if told := self._failures.failed(line["tier"], line["step"], line["error"]):
                 note(told)
         elif name in _TOLD or (name == "data_opened" and not line["step"]):
+            note(line["message"])
+        elif name == "rewound":
+            self._last = min(self._last, line["step"])
             note(line["message"])
         elif name == "step_skipped":
             note(line["reason"])

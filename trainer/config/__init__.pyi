@@ -7,7 +7,10 @@ from .changes import (
 from .data_section import (
     HELD_OUT as HELD_OUT,
     DataConfig as DataConfig,
+    Removal as Removal,
     check_data_config as check_data_config,
+    lacking_removals as lacking_removals,
+    removed_before as removed_before,
     validation_data as validation_data,
     validation_names as validation_names,
 )
@@ -22,6 +25,8 @@ from .loading import (
     convert_config as convert_config,
     dump_toml as dump_toml,
     load_config as load_config,
+    removals_of as removals_of,
+    with_removals as with_removals,
 )
 from .memory import machine_memory_bytes as machine_memory_bytes
 from .optimizer_section import OptimizerConfig as OptimizerConfig

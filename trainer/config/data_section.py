@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from holdfast.parallel.errors import DataError, shown
 
+_ENDLESS = 2**62
+"""More steps than a run has."""
 HELD_OUT = "held_out"
 """The name of the part of the corpora that is held out, among the validation sets."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -43,6 +46,18 @@ class MixtureStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: list[float]
 
 
+class Removal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Samples that a run trains without, from a step on: a `[[data.without]]` table.
+
+    Attributes:
+        start: the steps that are done before.
+        samples: their numbers.
+    """
+
+    start: int = 0
+    samples: list[int]
+
+
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The source of the tokens. A field for each key.
 
@@ -67,6 +82,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         fim_tokens: the tokens of `tokenizer` before prefix, suffix and middle, in this order.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
+        without: the samples that are removed: nothing of them is read or predicted.
         validation: sets that the run evaluates on beside what is held out, by name.
     """
 
@@ -84,6 +100,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fim_tokens: list[str] = []
     eval_fraction: float = 0.05
     seed: int = 0
+    without: list[Removal] = []
     validation: list[ValidationConfig] = []
 
 
@@ -169,6 +186,29 @@ def _check_fill_in_middle(data: DataConfig) -> None:
             f"data.fim_tokens = {shown(data.fim_tokens)} with {said}: name three tokens of the "
             "tokenizer, those before prefix, suffix and middle"
         )
+
+
+def lacking_removals(own: Sequence[Removal], others: Sequence[Removal]) -> list[Removal]:
+    """What others remove, and `own` does not remove as early. Pure."""
+    known = removed_before(own, _ENDLESS)
+    found: dict[int, list[int]] = {}
+    for sample, start in sorted(removed_before(others, _ENDLESS).items()):
+        if known.get(sample, _ENDLESS) > start:
+            found.setdefault(start, []).append(sample)
+    return [Removal(start=start, samples=found[start]) for start in sorted(found)]
+
+
+def removed_before(removals: Sequence[Removal], step: int) -> dict[int, int]:
+    """By sample, the steps done before it was removed, for those that this was before a step. Pure.
+
+    Args:
+        step: the steps that are done.
+    """
+    found: dict[int, int] = {}
+    for removal in removals:
+        for sample in removal.samples if removal.start < step else ():
+            found[sample] = min(removal.start, found.get(sample, removal.start))
+    return found
 
 
 def validation_names(data: DataConfig) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.parallel.reading import converted, read_regular
 from holdfast.trainer.config.choices import choice_problem
+from holdfast.trainer.config.data_section import Removal, lacking_removals
 from holdfast.trainer.config.model_folder import fill_from_folder
 from holdfast.trainer.config.optimizer_section import OptimizerConfig
 from holdfast.trainer.config.rules import problems_of
@@ -331,3 +332,25 @@ def _explained(table: Mapping[str, Any], message: str, sections: Mapping[str, An
     if reason.startswith("Expected `array`"):
         reason = "expected a list, as in [1, 2]"
     return f"{path} = {shown(value)}: {reason[0].lower()}{reason[1:]}"
+
+
+def removals_of(path: Path) -> list[Removal]:
+    """The samples that the run of a configuration file trains without; none if it cannot be read.
+
+    Args:
+        path: the file in the folder of a run.
+    """
+    try:
+        found = tomllib.loads(read_regular(path, _MOST_BYTES).decode())
+        return converted(found["data"]["without"], list[Removal])
+    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
+        return []
+
+
+def with_removals(config: RunConfig, removals: Sequence[Removal]) -> RunConfig:
+    """A configuration that removes these samples as well. Pure."""
+    lacking = lacking_removals(config.data.without, removals)
+    if not lacking:
+        return config
+    data = msgspec.structs.replace(config.data, without=[*config.data.without, *lacking])
+    return msgspec.structs.replace(config, data=data)

@@ -161,6 +161,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "startup_grace_s": Range(0, 366 * _DAY_S),
         "apart_s": _DURATION_S,
         "verify_every": _STEPS,
+        "rewind": Range(0, 4096),
         "audit_every": _STEPS,
         "local_nodes": Range(1, 2**20),
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
@@ -178,6 +179,7 @@ check_data_config checks, and the own key of an optimizer."""
 
 _TABLES: Mapping[str, Mapping[str, Range]] = {
     "data.stages": {"start": Range(1, _COUNT)},
+    "data.without": {"start": _STEPS},
     "train.batch_ramp": {"until": Range(1, _COUNT), "global_batch": Range(1, 2**24)},
     "train.length_ramp": {"until": Range(1, _COUNT), "seq_len": Range(1, 2**31)},
     "optimizer.groups": {key: RANGES["optimizer"][key] for key in ("lr", "weight_decay", "eps")},
@@ -245,6 +247,12 @@ def _other_ranges(config: RunConfig) -> Iterator[str]:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
     if config.train.eval_every and config.train.eval_batches < 1:
         yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
+    for place, removal in enumerate(config.data.without):
+        for number in removal.samples:
+            if not 0 <= number <= _COUNT:
+                yield (
+                    f"data.without[{place}].samples has {shown(number)}: samples are counted from 0"
+                )
     for key, least, rule in (
         ("trace_steps", 1, "steps are counted from 1"),
         ("operation_steps", 1, "steps are counted from 1"),

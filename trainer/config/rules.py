@@ -61,6 +61,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _stretches,
         _pipeline,
         _elastic,
+        _rewinding,
         _offload,
         _recompute,
         _exchange,
@@ -491,6 +492,22 @@ def _elastic(config: RunConfig) -> Iterator[str]:
         yield (
             "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job "
             "are fixed; set elastic.respawn = false, or use 'gloo' or 'nccl'"
+        )
+
+
+def _rewinding(config: RunConfig) -> Iterator[str]:
+    numerics, steps = config.numerics, config.elastic.rewind
+    if numerics.spike_action != "rewind":
+        return
+    if not numerics.spike_window:
+        yield (
+            'numerics.spike_action = "rewind" with numerics.spike_window = 0: no step is taken for '
+            "a spike; set numerics.spike_window, as 128"
+        )
+    if not steps:
+        yield (
+            'numerics.spike_action = "rewind" with elastic.rewind = 0: no step can be taken back; '
+            "set elastic.rewind, as 4"
         )
 
 

@@ -154,6 +154,9 @@ class NumericsConfig(Section, frozen=True):
     they stand out; 0: no step is left out for that."""
     spike_sigmas: float = 6.0
     """The standard deviations above the mean of these steps that make a step a spike."""
+    spike_action: Literal["skip", "rewind"] = "skip"
+    """What is done about a spike: the step is left out ("skip"), or the samples that cause it are
+    searched for, and the run goes back and on without them ("rewind")."""
     spike_limit: int = 10
     """Steps skipped in a row of which the last is a spike, that end the run; 0: none do."""
     tensor_shards: int = 1
@@ -331,6 +334,8 @@ class ElasticConfig(Section, frozen=True):
     micro_batches: Literal["planned", "claimed"] = "planned"
     """How ranks come to their micro-batches: by the plan, or each claims the next when it is free,
     so that a slow one computes fewer."""
+    rewind: int = 0
+    """The last steps that can be taken back from host memory; 0: none."""
     audit_every: int = 0
     """Steps between those in which a micro-batch is computed by two ranks and compared; 0: none."""
     local_nodes: int = 1

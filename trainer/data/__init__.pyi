@@ -13,6 +13,9 @@ from .coverage import (
 from .dataset import (
     Dataset as Dataset,
 )
+from .described import (
+    described_sample as described_sample,
+)
 from .opening import (
     DataConfig as DataConfig,
     open_dataset as open_dataset,

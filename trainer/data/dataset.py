@@ -55,6 +55,13 @@ class Samples(Protocol):
         """Samples start..start+count-1."""
         ...
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The numbers of these samples among the distinct ones: int64[count], 0..size-1.
+
+        A sample has the same number in every epoch and in any order.
+        """
+        ...
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples; no token is read."""
         ...
@@ -90,6 +97,20 @@ class Dataset(Protocol):
             micro_batch: global id within the step, 0..global_batch // micro_batch_size - 1.
             global_batch: sequences per step.
             micro_batch_size: sequences per micro-batch.
+        """
+        ...
+
+    def numbers(self, start: int, count: int) -> tuple[int, ...]:
+        """The numbers of samples start..start+count-1 among the distinct ones; see `Samples`."""
+        ...
+
+    def without(self, removed: Sequence[tuple[int, Sequence[int]]]) -> Dataset:
+        """The same samples without some more of them.
+
+        Args:
+            removed: the first sample's index from which on samples are removed, and their numbers.
+        Raises:
+            DataError: there is no sample of such a number.
         """
         ...
 

@@ -128,6 +128,10 @@ class FillInMiddleSamples:
         rows = np.stack([self._window(start + row) for row in range(count)])
         return Sequences(rows[:, :-1].copy(), rows[:, 1:].copy())
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The windows of samples start..start+count-1."""
+        return self.source.numbers(start, count)
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples."""
         return count * self.source.seq_len

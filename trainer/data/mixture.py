@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import gcd, lcm
 
 import numpy as np
@@ -122,6 +122,11 @@ class MixtureSamples:
         """Samples start..start+count-1."""
         return _sequences(self.sources, [self.locate(start + row) for row in range(count)])
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The numbers of samples start..start+count-1: those of each corpus follow the one's
+        before it."""
+        return _numbers(self.sources, [self.locate(start + row) for row in range(count)])
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples; no token is read."""
         return _predicted(self.sources, [self.locate(start + row) for row in range(count)])
@@ -174,6 +179,11 @@ class StagedSamples:
         """Samples start..start+count-1."""
         return _sequences(self.sources, [self.locate(start + row) for row in range(count)])
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The numbers of samples start..start+count-1: those of each corpus follow the one's
+        before it."""
+        return _numbers(self.sources, [self.locate(start + row) for row in range(count)])
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples; no token is read."""
         return _predicted(self.sources, [self.locate(start + row) for row in range(count)])
@@ -181,6 +191,12 @@ class StagedSamples:
 
 def _sequences(sources: Sequence[Samples], located: Sequence[tuple[int, int]]) -> Sequences:
     return Sequences.joined([sources[source].sequences(own, 1) for source, own in located])
+
+
+def _numbers(sources: Sequence[Samples], located: Sequence[tuple[int, int]]) -> np.ndarray:
+    firsts = list(accumulate((source.size for source in sources), initial=0))
+    found = [firsts[source] + int(sources[source].numbers(own, 1)[0]) for source, own in located]
+    return np.array(found, dtype=np.int64)
 
 
 def _predicted(sources: Sequence[Samples], located: Sequence[tuple[int, int]]) -> int:

@@ -13,6 +13,7 @@ from holdfast.trainer.data.dataset import Dataset, Samples
 from holdfast.trainer.data.fill_in_middle import FillInMiddleSamples, fill_in_middle
 from holdfast.trainer.data.mixture import mixture_samples, staged_samples
 from holdfast.trainer.data.packing import packed_samples
+from holdfast.trainer.data.removal import without
 from holdfast.trainer.data.sampling import SampledDataset
 from holdfast.trainer.data.synthetic import markov_samples
 from holdfast.trainer.data.windows import (
@@ -134,11 +135,18 @@ def open_dataset(
         seq_len: tokens per training sequence; a sample has one more, the last target.
         seed: the key of the order of samples (and, for synthetic data, of their content).
         split: "train" or "eval"; the two share no token.
-        before: the number of samples before a step; needed with `data.stages`, which begin there.
+        before: the number of samples before a step; needed with `data.stages` and `data.without`,
+            which begin there.
 
     Raises:
         DataError: the data is missing, unreadable, empty, too short, or beyond the vocabulary.
     """
-    return SampledDataset(
-        open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, before=before)
+    samples = open_samples(
+        data, vocab=vocab, seq_len=seq_len, seed=seed, split=split, before=before
     )
+    if not data.without or split != "train":
+        return SampledDataset(samples)
+    if before is None:
+        raise ValueError("data.without begins at steps: say how many samples there are before one")
+    removed = [(before(removal.start), removal.samples) for removal in data.without]
+    return SampledDataset(without(samples, removed))

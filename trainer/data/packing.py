@@ -139,6 +139,10 @@ class PackedSamples:
         check_tokens(tokens, self.vocab, name=part.stream.name, start=start)
         return tokens
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The packed sequences of samples start..start+count-1."""
+        return self.order.items(start, count)
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples; no token is read."""
         return int(self.packing.filled[self.order.items(start, count)].sum())

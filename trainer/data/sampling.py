@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -10,6 +11,7 @@ import torch
 from holdfast.parallel.pipeline import Batch, Documents
 from holdfast.trainer.data.dataset import Samples, Sequences
 from holdfast.trainer.data.mixture import corpora_taken
+from holdfast.trainer.data.removal import all_samples, without
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,17 @@ class SampledDataset:
         start = step * global_batch + micro_batch * micro_batch_size
         return as_batch(self.samples.sequences(start, micro_batch_size))
 
+    def numbers(self, start: int, count: int) -> tuple[int, ...]:
+        """The numbers of samples start..start+count-1 among the distinct ones."""
+        return tuple(self.samples.numbers(start, count).tolist())
+
+    def without(self, removed: Sequence[tuple[int, Sequence[int]]]) -> SampledDataset:
+        """The same samples without some more of them; see `Dataset`."""
+        return SampledDataset(without(self.samples, removed))
+
     def corpora_taken(self, count: int) -> tuple[tuple[int, int], ...]:
         """The size of each corpus, and how many of the first `count` samples it has."""
-        return corpora_taken(self.samples, count)
+        return corpora_taken(all_samples(self.samples), count)
 
     def predicted(self, step: int, *, global_batch: int) -> int:
         """The number of tokens that are predicted in a step, over all its micro-batches."""

@@ -81,6 +81,10 @@ class MarkovSamples:
             targets[row, np.cumsum(own)[:-1] - 1] = NOTHING
         return Sequences(tokens, targets, tuple(lengths))
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The numbers of samples start..start+count-1."""
+        return np.arange(start, start + count, dtype=np.int64) % SIZE
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples."""
         total = count * self.seq_len

@@ -140,6 +140,10 @@ class WindowSamples:
         numbers = self.order.items(start, count).tolist()
         return Sequences.joined([self.window(number) for number in numbers])
 
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """The windows of samples start..start+count-1, counted through the parts."""
+        return self.order.items(start, count)
+
     def predicted(self, start: int, count: int) -> int:
         """The number of tokens that are predicted in these samples; no token is read."""
         total = count * self.seq_len

@@ -157,8 +157,9 @@ class ElasticLoop:
                 wanted, mine = self._wishes(training, step)
                 outcome = self._session.step(step, change=wanted, leave=mine)
                 self._balance.after_step(training)
-                sound = self._compare_when_due(step + 1)
-                if sound and self._stops(training, step + 1, outcome):
+                done = training.progress.decided  # fewer than before if the run has gone back
+                sound = self._compare_when_due(done)
+                if sound and self._stops(training, done, outcome):
                     return
                 if not sound:
                     change = _Change()

@@ -333,6 +333,8 @@ class Recovery:
             inputs=training.kept_inputs(),
             connected=connected,
             memory=memory,
+            rewinds=progress.rewinds,
+            removals=tuple(training.config.data.without),
             trusted=self.sound_until is None,
             operations=last_operations(training.groups.history()) if urgent else (),
         )
@@ -352,6 +354,8 @@ class Recovery:
         training = self.training
         if training is None:
             return
+        if training.progress.rewinds < recovery.rewinds:
+            training.go_back(recovery.steps, recovery.removals)
         progress = training.progress
         if progress.decided < recovery.steps and recovery.outcome is not None:
             window = self._config.numerics.spike_window

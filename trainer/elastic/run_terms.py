@@ -22,7 +22,7 @@ from holdfast.parallel.errors import MembershipError
 from holdfast.parallel.output import DiskWord, Waiting, WholeFiles
 from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.elastic.interruption import Interruption
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import REMOVED, RunDirectory
 from holdfast.trainer.terms import Terms, TermsDiffer, judge, require_equal_terms
 
 logger = logging.getLogger("holdfast.elastic")
@@ -85,7 +85,7 @@ class RunTerms:
                     "same as they do"
                 )
             sleep(_PAUSE_S)
-        own = self._own()
+        own = _told(self._own(), written.terms)
         if own == written.terms:
             return
         # As ranks the two would have one number if this one replaces the writer.
@@ -134,3 +134,9 @@ class RunTerms:
         except (OSError, ValueError):
             return None
         return found if found.start == self._spec.settings.run else None
+
+
+def _told(own: Terms, of_run: Terms) -> Terms:
+    """A newcomer's terms with what the ranks with state tell it: the samples that are removed."""
+    config = own.config | {key: of_run.config[key] for key in (REMOVED,) if key in of_run.config}
+    return msgspec.structs.replace(own, config=config)

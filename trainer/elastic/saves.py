@@ -95,7 +95,8 @@ class ElasticSaves:
                 newest = find_resume(
                     self._run.root, self._config, "auto", allow_change=EVERY_CHANGE
                 )
-                found = replace(found, candidates=newest.candidates or found.candidates)
+                candidates = newest.candidates or found.candidates
+                found = replace(found, candidates=candidates, removals=newest.removals)
             if sound_until is not None:
                 set_aside_newer(checkpoint_root(self._run.root, self._config), sound_until)
                 forget_newer(self._run.root, sound_until)

@@ -30,6 +30,7 @@ from holdfast.trainer.elastic.transition import WITHIN_STEP
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import EventFile, PhaseClock, Reporter
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
+from holdfast.trainer.saves import Checkpoints
 from holdfast.trainer.step import Outcome, Requests, Training, evaluates_after
 
 logger = logging.getLogger("holdfast.elastic")
@@ -76,9 +77,10 @@ class ElasticSession:
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
+        parts = self._parts()
         with self._products:
-            outcome = run_step(self._parts(), step, change=change, leave=leave)
-        self._membership.committed(step + 1)
+            outcome = run_step(parts, step, change=change, leave=leave)
+        self._membership.committed(parts.training.progress.decided)
         self._changes.clear()
         return outcome
 
@@ -148,9 +150,20 @@ class ElasticSession:
         elif change.from_checkpoint is not None:
             self._reporter.roll_back(change.from_checkpoint)
         self._reporter.change(training, world)
+        self._go_back_with_others(training, following)
         if change.from_checkpoint is not None:
             self._reporter.resumed(training.progress.decided, following.loaded, notes)
         self._reporter.checkpoints(following.results())
+
+    def _go_back_with_others(self, training: Training, following: Checkpoints) -> None:
+        """Follow the ranks that had gone back when a change interrupted that, where it did."""
+        progress, reporter = training.progress, self._reporter
+        if progress.rewinds and reporter is not None and reporter.reported > progress.decided:
+            following.forget_after(progress.decided)
+            without = [number for found in training.config.data.without for number in found.samples]
+            message = f"the run goes back to step {progress.decided}, as other ranks have"
+            why = {"by": "recovery", "samples": without, "message": message}
+            reporter.went_back(progress.decided, why)
 
     def record(self, change: CompletedChange, *, urgent: bool) -> None:
         """Record a change on its recorder, and keep it on ranks with history. Local.

@@ -164,7 +164,9 @@ def _take_step(training: Training, transition: Transition, active: Training | No
         recovery.steps,
         filled=not after.incoming,
         recent=transition.recent,
+        rewinds=recovery.rewinds,
     )
+    training.remove(recovery.removals)
     included = included_after_change(before, after, recovery.included, recovery.fresh)
     if included:
         rank = training.rank

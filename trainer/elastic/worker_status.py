@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
+
 from holdfast.elastic import Generation
 from holdfast.parallel.errors import MembershipError, shown
 from holdfast.parallel.reading import MALFORMED, Count, of_kind
+from holdfast.trainer.config import Removal
 from holdfast.trainer.step import (
     UNKNOWN_MEMORY,
     DeviceMemory,
@@ -55,6 +58,10 @@ class WorkerStatus:
     connected: bool = True
     """Whether its connections are intact and idle."""
     memory: DeviceMemory = UNKNOWN_MEMORY
+    rewinds: Count = 0
+    """How often it has gone back to an earlier step."""
+    removals: tuple[Removal, ...] = ()
+    """The samples that it trains without."""
     trusted: bool = True
     """False: state was found to be corrupt, and no rank's state is used."""
 
@@ -68,6 +75,7 @@ def status_to_data(status: WorkerStatus) -> dict[str, Any]:
     plain = {_KEYS.get(name, name): getattr(status, name) for name in WorkerStatus.__slots__}
     plain["counted"] = included_to_data(status.included)
     plain["inputs"] = inputs_to_data(status.inputs)
+    plain["removals"] = msgspec.to_builtins(status.removals)
     outcome = status.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
@@ -127,6 +135,10 @@ class RecoveryPlan:
     """The members without state."""
     connected: bool = False
     """Whether the connections of all members are intact."""
+    rewinds: int = 0
+    """How often the run has gone back: a holder that has not done so as often does now."""
+    removals: tuple[Removal, ...] = ()
+    """The samples that the run trains without."""
     rank_bytes: int = 0
     """The memory that any member has at least; 0: not known."""
     included: Mapping[int, Included] = field(default_factory=dict)
@@ -157,13 +169,14 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
     if not active or not all(status.trusted for status in statuses.values()):
         return RecoveryPlan(0, (), staying, fresh=everyone)
     holders = {r: s for r, s in statuses.items() if active in (s.active, s.prepared)}
-    furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))
+    furthest = max(holders.values(), key=lambda s: (s.rewinds, s.decided, s.updated))
+    course = furthest.rewinds, furthest.decided
     outcome = furthest.outcome
     behind = furthest.updated < furthest.decided
     in_step = {
         rank: s
         for rank, s in sorted(holders.items())
-        if s.included and s.decided == furthest.decided
+        if s.included and (s.rewinds, s.decided) == course
     }
     return RecoveryPlan(
         active=active,
@@ -172,11 +185,13 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         steps=furthest.decided,
         updates=furthest.updates + bool(behind and outcome is not None and outcome.usable),
         outcome=outcome,
-        complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
+        complete=all(s.complete and (s.rewinds, s.updated) == course for s in holders.values()),
         # A rank that has only prepared the plan knows of no vote under it.
         filled=any(s.filled for s in holders.values() if s.active == active),
         fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),
+        rewinds=furthest.rewinds,
+        removals=furthest.removals,
         rank_bytes=_least_memory(generation, statuses),
         included={rank: s.included for rank, s in in_step.items()},
         inputs={rank: s.inputs for rank, s in in_step.items() if s.inputs},

@@ -82,6 +82,13 @@ class PlanReport:
     data: Coverage | None = None
     """Given if the data is known."""
 
+    @property
+    def rewind_bytes(self) -> int:
+        """The host memory of the steps that a rank can take back, at most, with its shadows'."""
+        elastic, form = self.config.elastic, state_format(self.config)
+        copies = 1 + (elastic.redundancy if elastic.enabled else 0)
+        return max(_owned(self.plan)) * form.held_bytes * copies * elastic.rewind
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values: the same facts as `renderable`."""
         plan = self.plan
@@ -98,6 +105,7 @@ class PlanReport:
             "step_s": None if self.step_time is None else self.step_time.seconds,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_imbalance": self.checkpoint_imbalance,
+            "rewind_bytes": self.rewind_bytes,
             "elastic": None if self.elastic is None else self.elastic.as_dict(),
             "offload": None if self.offload is None else self.offload.as_dict(),
             "recompute": [layer.recompute for layer in plan.layers],
@@ -150,6 +158,10 @@ class PlanReport:
             facts.add_row(Text("data", style="dim"), Text(printable(self.data.line())))
         if logits := _logits_text(config, plan.layers[-1]):
             facts.add_row(Text("logits", style="dim"), logits)
+        if config.elastic.rewind:
+            kept = f"the last {counted(config.elastic.rewind, 'step')} can be taken back: about "
+            kept += f"{size_text(self.rewind_bytes)} of host memory on the fullest rank"
+            facts.add_row(Text("rewind", style="dim"), kept)
         if rates := assumed(config):
             facts.add_row(Text("recompute for", style="dim"), rates)
         if self.step_time is not None:
@@ -365,8 +377,14 @@ def _parameters(plan: Plan) -> int:
 
 def _imbalance(plan: Plan) -> float:
     """The elements of the rank that owns most optimizer state, over the mean."""
+    owned = _owned(plan)
+    return max(owned) * len(owned) / sum(owned)
+
+
+def _owned(plan: Plan) -> list[int]:
+    """Of each rank, the elements of which it owns the optimizer state."""
     owned = [0] * plan.configured_mesh.size
     for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
         for block, owner in zip(blocks, owners, strict=True):
             owned[owner] += block.elements
-    return max(owned) * len(owned) / sum(owned)
+    return owned

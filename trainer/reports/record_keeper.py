@@ -7,12 +7,13 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from holdfast.parallel.output import AppendedFile, Tail
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports.digests import DigestFile, StepDigests
 from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.metrics import StepMetrics, drop_after, last_step
 from holdfast.trainer.reports.offload_metrics import scalars
 from holdfast.trainer.reports.tensorboard import ScalarFile
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, note_config
 
 _KEPT = 512
 """Steps that every rank keeps, to complete the records of a lost writer."""
@@ -97,6 +98,13 @@ class RecordKeeper:
         """Record an event, on the writing rank."""
         if self._metrics is not None:
             self._events.append(event, **fields)
+
+    def note_config(self, config: RunConfig) -> None:
+        """Write the configuration of a run that removes samples, on the writing rank."""
+        try:
+            note_config(self._run, config)
+        except OSError as error:
+            self._events.word.say(f"{self._run.config} cannot be written: {error}")
 
     def close(self) -> None:
         """Close the files; may be called again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ class Reporter:
         self._training, self._world, self._clock = training, world, clock
         config = training.config
         self._last_s = self._began_s = clock()
-        self._reported = first
+        self.reported = first
         """The last step that this rank has reported."""
         self._offload_failed = False
         self._failures = SaveFailures()
@@ -84,7 +85,7 @@ class Reporter:
 
     def roll_back(self, step: int) -> None:
         """Forget the steps after `step`, which the run repeats."""
-        self._reported = step
+        self.reported = step
         self._records.roll_back(step)
 
     def step(
@@ -102,9 +103,9 @@ class Reporter:
             evaluated: the losses of the validation sets after it, by name; empty: none.
             times: the action times of the program; None if a recovery finished the step.
         """
-        if step < self._reported:
+        if step < self.reported:
             return
-        self._reported = step + 1
+        self.reported = step + 1
         self._trace(step + 1, phases, times)
         now = self._clock()
         step_s, self._last_s = now - self._last_s, now
@@ -298,6 +299,30 @@ class Reporter:
         )
         self._note(reason)
 
+    def went_back(self, step: int, why: Mapping[str, Any]) -> None:
+        """Record and show that the run went back to the state after `step` steps. On every rank.
+
+        Args:
+            why: the fields of the event, a message among them.
+        """
+        if self.reported > step:
+            self.roll_back(step)
+        if not self._records.writes:
+            return
+        self._records.note_config(self._training.config)
+        self._records.event("rewound", step=step, **why)
+        self._note(why["message"])
+
+    def stays(self, step: int, message: str, request: str = "") -> None:
+        """Record and show that the run does not go back, after `step` steps.
+
+        Args:
+            request: the name of a person's request; empty: there is none.
+        """
+        of = {"request": request} if request else {}
+        self._records.event("not_rewound", step=step, **of, message=message)
+        self._note(message)
+
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
         """Record and show where the run continues from."""
         for note in notes:
@@ -393,7 +418,7 @@ class Reporter:
         if device.type != "cuda":
             return None
         train = self._training.config.train
-        micro_batches = train.batch_of(self._reported - 1) // train.micro_batch
+        micro_batches = train.batch_of(self.reported - 1) // train.micro_batch
         flops = step_flops(self._training.plan.layers, micro_batches)
         name = torch.cuda.get_device_name(device)
         return utilisation(flops, step_s, self._world.world_size, name)

@@ -1,3 +1,7 @@
+from .folder_lock import (
+    is_locked as is_locked,
+    unwritable as unwritable,
+)
 from .history import (
     read_events as read_events,
 )
@@ -19,12 +23,14 @@ from .memory_copies import (
 from .opening import (
     OpenedRun as OpenedRun,
     RunRequest as RunRequest,
+    at_rest as at_rest,
     load_run_config as load_run_config,
     opened_run as opened_run,
 )
 from .resume import (
     CERTIFICATE as CERTIFICATE,
     FINGERPRINT as FINGERPRINT,
+    REMOVED as REMOVED,
     Resume as Resume,
     best_rule as best_rule,
     check_same_data as check_same_data,
@@ -40,6 +46,9 @@ from .run_directory import (
     read_error as read_error,
     told_run as told_run,
     write_error as write_error,
+)
+from .run_folder import (
+    note_config as note_config,
 )
 from .secret import (
     job_secret as job_secret,

@@ -24,6 +24,8 @@ from holdfast.trainer.run.resume import (
 )
 from holdfast.trainer.run.run_directory import RunDirectory
 
+_LAST_EVENTS = 3
+"""As many follow the end of a run at most."""
 _START_OVER = "or start over with --resume none"
 
 
@@ -130,7 +132,10 @@ def is_unused(run: RunDirectory) -> bool:
 
 def is_finished(run: RunDirectory) -> bool:
     """Whether the run in a folder reached its last step."""
-    return any(event.get("event") == "run_finished" for event in read_events(run.events)[-3:])
+    for event in reversed(read_events(run.events)[-_LAST_EVENTS:]):
+        if event.get("event") in ("run_finished", "rewound"):
+            return event["event"] == "run_finished"
+    return False
 
 
 def _has_content(path: Path) -> bool:

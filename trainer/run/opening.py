@@ -14,7 +14,13 @@ from pathlib import Path
 
 from holdfast.parallel.files import sweep_scratch, torch_caches_in
 from holdfast.parallel.output import say
-from holdfast.trainer.config import RunConfig, check_config, config_notes, load_config
+from holdfast.trainer.config import (
+    RunConfig,
+    check_config,
+    config_notes,
+    load_config,
+    with_removals,
+)
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
@@ -127,4 +133,20 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
             )
         if not config.train.compile:  # compiled code serves other runs of this machine too
             held.enter_context(torch_caches_in(run.log(0).parent))
-        yield OpenedRun(config, run)
+        yield OpenedRun(with_removals(config, run.resume.removals), run)
+
+
+@contextlib.contextmanager
+def at_rest(root: Path, config: RunConfig) -> Iterator[None]:
+    """Keep a run from going on during the block, which changes what it goes on from.
+
+    Args:
+        config: that of its folder.
+    Raises:
+        ConfigError: the run is under way, or the folder or that of its checkpoints is no run's,
+            another run's, or cannot be written.
+    """
+    with locked_run(root):
+        identity, _ = open_identity(root)
+        with claimed_checkpoints(root, identity, config, "auto"):
+            yield

@@ -30,12 +30,17 @@ from holdfast.trainer.config import (
     HELD_OUT,
     DataConfig,
     OptimizerConfig,
+    Removal,
     RunConfig,
     advice_to_allow,
     anchored,
     flat_keys,
+    lacking_removals,
     refused_changes,
+    removals_of,
+    removed_before,
     validation_names,
+    with_removals,
 )
 from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models import FAMILIES, family_of
@@ -65,9 +70,12 @@ MUST_MATCH = (
     *OF_THE_STATE,
 )
 """The keys that must not change, because the run would be another run."""
-_MAY_DIFFER = ("data.validation", "model.from_hf", "model.multi_token_loss_coef")
-"""The keys among these that change nothing of the training, or nothing once it has begun, and a
-factor that is lowered as training goes on."""
+REMOVED = "data.without"
+_MAY_DIFFER = ("data.validation", REMOVED, "model.from_hf", "model.multi_token_loss_coef")
+"""The keys among these that change nothing of the training, or nothing once it has begun, a factor
+that is lowered as training goes on, and what is removed from a step on: see `_other_removed`."""
+_MOST_NAMED = 8
+"""The samples that an error names at most."""
 DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
@@ -100,6 +108,8 @@ class Resume:
     """Notes for a person, one line each."""
     allow_change: tuple[str, ...] = ()
     """The keys that may differ from the checkpoint's though they must match."""
+    removals: tuple[Removal, ...] = ()
+    """The samples that the run has removed, which the configuration does not say."""
 
 
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
@@ -155,6 +165,18 @@ def find_resume(
     """
     if wanted == "none":
         return _beginning(root, config, allow_change)
+    removals = lacking_removals(config.data.without, removals_of(root / "config.toml"))
+    found = _found(root, with_removals(config, removals), wanted, allow_change)
+    notes = (
+        f"the run goes on without sample {', '.join(map(str, removal.samples))}, which it has "
+        f"removed after step {removal.start} ({REMOVED})"
+        for removal in removals
+    )
+    return replace(found, notes=(*notes, *found.notes), removals=tuple(removals))
+
+
+def _found(root: Path, config: RunConfig, wanted: str, allow_change: tuple[str, ...]) -> Resume:
+    """As `find_resume`, for what is not "none", and a configuration that removes all samples."""
     if wanted == "best":
         wanted = _best_place(root, config)
     if wanted != "auto":
@@ -164,7 +186,7 @@ def find_resume(
         except CheckpointError as error:
             raise ConfigError(f"--resume {wanted}: {_convertible(wanted) or error}") from error
         if is_converted(manifest) and not has_state(manifest, state_format(config)):
-            own = find_resume(root, config, "auto", allow_change=allow_change)
+            own = _found(root, config, "auto", allow_change)
             if own.candidates:
                 began = f"the run has checkpoints of its own; {found.place} is what it began with"
                 return replace(own, notes=(began, *own.notes))
@@ -232,6 +254,8 @@ def check_same_run(
     changed = {
         key: f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing
     }
+    if other := _other_removed(manifest, config):
+        changed[REMOVED] = other
     if config.optimizer.ema and lacks_average(manifest, state_format(config)):
         key = "optimizer.ema"
         changed[key] = f"{key} = {config.optimizer.ema} (the checkpoint has no average)"
@@ -251,6 +275,27 @@ def check_same_run(
             continue
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
     return (*notes, *_other_rate(manifest, config))
+
+
+def _other_removed(manifest: Manifest, config: RunConfig) -> str:
+    """How the samples differ that were removed before a checkpoint's step; empty: they do not."""
+    saved = manifest.config.get("data", {}).get("without", [])
+    try:
+        its = removed_before(converted(saved, list[Removal]), manifest.step)
+    except (msgspec.ValidationError, TypeError):
+        return f"{REMOVED} (the checkpoint's is not understood)"
+    mine = removed_before(config.data.without, manifest.step)
+    if mine == its:
+        return ""
+    told = [
+        f"{said} sample {', '.join(str(sample) for sample, _ in sorted(found)[:_MOST_NAMED])}"
+        for said, found in (
+            ("the steps before the checkpoint were without", its.items() - mine.items()),
+            ("the checkpoint does not say that its steps were without", mine.items() - its.items()),
+        )
+        if found
+    ]
+    return f"{REMOVED} ({'; '.join(told)})"
 
 
 def _other_rate(manifest: Manifest, config: RunConfig) -> Iterator[str]:

@@ -67,6 +67,11 @@ class RunDirectory:
         return self.root / "chaos.jsonl"
 
     @property
+    def rewind_request(self) -> Path:
+        """The steps that a person asks the workers to take back."""
+        return self.root / "rewind.json"
+
+    @property
     def journal(self) -> Path:
         """The membership changes of another run, which this one repeats."""
         return self.root / "replay.json"

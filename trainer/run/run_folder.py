@@ -19,7 +19,7 @@ from holdfast.parallel.output import (
     write_whole,
 )
 from holdfast.parallel.reading import is_own, read_regular
-from holdfast.trainer.config import RunConfig, anchored, dump_toml
+from holdfast.trainer.config import RunConfig, anchored, dump_toml, with_removals
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
 from holdfast.trainer.run.history import (
     check_history,
@@ -105,7 +105,7 @@ def check_run_folder(root: Path) -> None:
 
 def _remove_left(run: RunDirectory) -> None:
     """Remove what a run that was killed has left: the reasons for its end, and unfinished files."""
-    left = [run.join_file, *(run.root / "logs").glob("rank-*.error.json")]
+    left = [run.join_file, run.rewind_request, *(run.root / "logs").glob("rank-*.error.json")]
     for pattern in (
         "*.partial",
         f".{IDENTITY}-*",
@@ -172,7 +172,7 @@ def open_run(
             run's history is missing.
     """
     found = find_resume(root, config, resume, allow_change=allow_change)
-    run = RunDirectory(root)
+    config, run = with_removals(config, found.removals), RunDirectory(root)
     if resume == "auto":
         check_history(run, config, found)
         notes += passed_over(root, config, found)
@@ -182,10 +182,19 @@ def open_run(
         if resume == "none" or not found.candidates:
             notes += set_aside_history(run, config)
         notes += tuple(_tidied(run))
-        write_whole(run.config, dump_toml(anchored(config)).encode())
+        note_config(run, config)
     except OSError as error:
         raise unwritable(root, error) from error
     return RunDirectory(root, replace(found, notes=(*notes, *found.notes)))
+
+
+def note_config(run: RunDirectory, config: RunConfig) -> None:
+    """Write the configuration of a run into its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(run.config, dump_toml(anchored(config)).encode())
 
 
 def _tidied(run: RunDirectory) -> Iterator[str]:

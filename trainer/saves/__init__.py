@@ -1,7 +1,7 @@
-"""The checkpoints of a run: when it saves, and how its state is saved and resumed.
+"""The checkpoints of a run: when it saves, and how its state is saved and resumed; going back.
 
-May import trainer.config, trainer.run, trainer.step, trainer.terms, trainer.worlds, checkpoint and
-parallel.
+May import trainer.config, trainer.data, trainer.reports, trainer.run, trainer.step, trainer.terms,
+trainer.worlds, checkpoint and parallel.
 """
 
 import lazy_loader

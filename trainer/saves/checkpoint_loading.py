@@ -106,6 +106,7 @@ class CheckpointLoading:
             )
         now, allowed = training.data.fingerprint, self._run.resume.allow_change
         check_same_data(manifest, now, place, allow_change=allowed)
+        training.remove(self._run.resume.removals)
         recent = recent_from_data(manifest.scalars, place)
         if said := self._other_certificate(manifest, place):
             note(said)
@@ -115,6 +116,7 @@ class CheckpointLoading:
             return 0
         training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
         training.progress.recent = recent
+        training.progress.decided = training.progress.updated = manifest.step
         return manifest.step
 
     def _other_certificate(self, manifest: Manifest, place: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -53,6 +53,7 @@ from holdfast.trainer.terms import (
 )
 from holdfast.trainer.worlds import WorldInfo
 
+T = TypeVar("T")
 logger = logging.getLogger("holdfast.checkpoint")
 
 _SETTLE_S = 0.2
@@ -168,7 +169,16 @@ class Checkpoints:
             stop=self._signals.stop,
             interrupt=self._signals.interrupt,
             busy=self._manager.busy,
+            rewind=self._is_first and self._can_rewind and self._run.rewind_request.exists(),
         )
+
+    def take_rewind(self, take: Callable[[Path], T]) -> T | None:
+        """What `take` reads of a person's request to take steps back, on the first rank."""
+        return take(self._run.rewind_request) if self._is_first else None
+
+    @property
+    def _can_rewind(self) -> bool:
+        return self._training.config.elastic.rewind > 0
 
     def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
         """Take the losses of validation sets after `step` steps, which its checkpoint tells."""
@@ -309,6 +319,27 @@ class Checkpoints:
         if progress.committed_step != step:
             progress.saved_step = -1
         return progress.committed_step == step, bool(agreed[1])
+
+    def go_back(self, step: int) -> list[SaveResult | UploadResult]:
+        """Set the saves of later steps aside, which the run takes another way to. Collective.
+
+        Returns:
+            The results of saves that were under way.
+        """
+        results = self.finish()
+        self.forget_after(step)
+        return results
+
+    def forget_after(self, step: int) -> None:
+        """Set the saves of later steps aside, of which none is under way. On every rank."""
+        progress = self._progress
+        if progress.committed_step > step or progress.saved_step > step:
+            # What is left on the disk may be old.
+            progress.committed_step = progress.saved_step = -1
+            progress.is_owed = True
+        if self._is_first:
+            set_aside_newer(self._disk.root, step)
+            forget_newer(self._run.root, step)
 
     def forget_memory(self) -> None:
         """Remove the copies in memory, once the run's last step is on the disk."""

@@ -6,7 +6,7 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -34,7 +34,7 @@ from holdfast.parallel.optimizer import (
 from holdfast.parallel.pipeline import ActionTimes, Chunk
 from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
 from holdfast.parallel.schedules import Program
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import Removal, RunConfig, with_removals
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import experts_of, further_losses_of
 from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
@@ -57,6 +57,7 @@ from holdfast.trainer.step.evaluation import (
     mean_held_out_loss,
     open_validation,
 )
+from holdfast.trainer.step.history import StateHistory, live_state, restore
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
@@ -128,7 +129,7 @@ class Training:
                 unchanged are reused.
             initial: whether to draw initial weights; False if they are filled from elsewhere.
         """
-        self.config, self.rank, self.device = config, rank, device
+        self.config, self.rank, self.device = _going_on(config, before), rank, device
         self.plan, self.groups = plan, groups
         self.data = open_split(config, "train") if before is None else before.data
         self._validation = None if before is None else before._validation
@@ -171,6 +172,11 @@ class Training:
             config, self._runners, plan, rank, groups, device, self.offloader
         )
         self._start(begun, self.data, training=True)
+
+    @cached_property
+    def history(self) -> StateHistory:
+        """The steps that can be taken back: those since the last change of plan."""
+        return StateHistory(self.config.elastic.rewind)
 
     def _new_micro_batches(self) -> MicroBatches:
         config, model = self.config, self.model
@@ -312,7 +318,9 @@ class Training:
         for runner in self._runners.values():
             runner.clear()
 
-    def compute(self, step: int, at: AtPhase = no_hook) -> ActionTimes:
+    def compute(
+        self, step: int, at: AtPhase = no_hook, only: frozenset[int] | None = None
+    ) -> ActionTimes:
         """A: run the program of `step`; gradients accumulate. Collective over the pipeline group.
 
         After a recovery (`resume_step`) only missing micro-batches are computed.
@@ -320,16 +328,20 @@ class Training:
         Args:
             step: counted from 0.
             at: called during the phase; see `AtPhase`.
+            only: the micro-batches that are computed; None: all of the step.
         """
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        if self._claims_in(step):
+        planned = only is not None or self.history.is_trial
+        if self._claims_in(step) and not planned:
             return self._compute_claimed(step, at)
-        if self._audits.is_due(step) and not self._in_flight.resumes(step):
+        is_audited = self._audits.is_due(step) and not self.history.is_trial
+        if is_audited and not self._in_flight.resumes(step):
             self._in_flight.begin(step)
             self._audits.begin(step, self._micro_batches_of(step))
-        only, lost = self._only_of(step), list[LostGradient]()
+        lost = list[LostGradient]()
+        only = self._only_of(step) if only is None else only
         if self._in_flight.begin(step, partial(_told, at, step + 1)):
             only = self.to_compute(step)
             lost = self._in_flight.lost_gradients(only)
@@ -580,6 +592,7 @@ class Training:
             before = self.progress.outcome
             outcome = replace(outcome, skipped=1 + (before.skipped if before is not None else 0))
         window = self.config.numerics.spike_window
+        self.history.deciding(self.progress)
         self.progress.decide(self._in_flight.step + 1, outcome, window)
         self.progress.filled = not outcome.requests.filling
         return outcome
@@ -645,6 +658,8 @@ class Training:
     ) -> None:
         outcome = self.progress.outcome
         assert outcome is not None
+        if self.background_transfer is None:  # what it fills is not to be put back
+            self.history.keep(self._live() if outcome.usable else None)
         if outcome.usable:
             self.progress.complete = False
             factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
@@ -678,6 +693,70 @@ class Training:
             self.model.layers.cancel()
         if self.background_transfer is not None:
             self.background_transfer.close()
+
+    def _live(self) -> list[Tensor]:
+        return live_state(self.optimizer, self._shadows)
+
+    def take_back(self, step: int) -> None:
+        """Set this rank's blocks and its progress to those after `step` steps. Local.
+
+        All ranks do, and then have parameters of other steps until `gather_again`.
+
+        Raises:
+            KeyError: this state is not known; see `history`.
+        """
+        kept = self.history.find(step)
+        self._put_back(kept.progress, kept.copies)
+
+    def _put_back(self, progress: StepProgress, copies: tuple[Tensor, ...] | None) -> None:
+        if self._fence is not None:  # a snapshot may still copy what is overwritten here
+            numbers = block_numbers(self.optimizer, self._saved_shadows)
+            self._fence(numbers.of_owned(numbers.owned))
+        if copies is not None:
+            restore(self._live(), copies)
+        self.progress = replace(progress, complete=False)
+        self._in_flight.resume(-1, {}, None)
+        self.optimizer.round_masters()
+
+    def go_back(self, step: int, removals: Sequence[Removal]) -> None:
+        """Go on from the state after `step` steps, and without some samples. As `take_back`."""
+        rewinds = self.progress.rewinds + 1
+        self.model.arrival.cancel()
+        self._is_gathering = False
+        self.take_back(step)
+        self.progress.rewinds = rewinds
+        self.history.forget_from(step)
+        self.remove(removals)
+
+    def gather_again(self) -> None:
+        """Bring every rank the parameters of its blocks' owners. Collective over their holders."""
+        self.optimizer.gather()
+        self.progress.complete = True
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Steps within the block are tried: afterwards state and data are those before it.
+
+        Collective over all ranks. If a rank is lost meanwhile, its blocks are put back on each of
+        the others, and their parameters are left to the recovery.
+        """
+        self.finish_gather()
+        progress, config, data = self.progress, self.config, self.data
+        with self.history.trial(self._live()) as copies:
+            try:
+                yield
+                self.finish_gather()
+            finally:
+                self.model.arrival.cancel()
+                self.config, self.data, self._is_gathering = config, data, False
+                self._put_back(progress, copies)
+        self.gather_again()
+
+    def remove(self, removals: Sequence[Removal]) -> None:
+        """Train without more samples from now on. Local."""
+        before = self.config.train.samples_before
+        self.config = with_removals(self.config, removals)
+        self.data = self.data.without([(before(found.start), found.samples) for found in removals])
 
     @property
     def _last_losses(self) -> Losses | None:
@@ -731,3 +810,8 @@ class Training:
         self.finish_gather()
         with self.busy("compare"):
             return parameter_digest(self.plan, self.optimizer, self.groups.control)
+
+
+def _going_on(config: RunConfig, before: Training | None) -> RunConfig:
+    """The configuration without the samples that have been removed since the run began. Pure."""
+    return config if before is None else with_removals(config, before.config.data.without)

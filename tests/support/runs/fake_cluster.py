@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from holdfast.elastic.history import MembershipHistory
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.plan.plan import Plan
+from holdfast.trainer.config.data_section import Removal
 from holdfast.trainer.config.sections import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.loop import ElasticLoop
@@ -83,6 +84,12 @@ class FakeTraining:
         self.optimizer = SimpleNamespace(step=progress.updated)
         self.groups = SimpleNamespace(history=lambda: ())
         self.background_transfer: Any = None
+        self.config = SimpleNamespace(data=SimpleNamespace(without=[]))
+
+    def go_back(self, step: int, removals: Sequence[Removal]) -> None:
+        self.progress = StepProgress(step, updated=step, rewinds=self.progress.rewinds + 1)
+        self.optimizer.step = step
+        self.config.data.without = list(removals)
 
     def included(self) -> dict[Any, Any]:
         return {}
@@ -296,12 +303,16 @@ class FakeSession:
     finished: bool = False
     stopped: list[tuple[int, bool]] = field(default_factory=list)
     training: Any = None
+    at_loss: Callable[[Any], object] = lambda training: None
+    """Called with the training of a step in which a peer is lost."""
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
         self.steps.append((step, change, leave))
         progress = self.training.progress
         assert progress.decided == progress.updated == step
         lost = self.lose_at.pop(step, "")
+        if lost:
+            self.at_loss(self.training)
         if lost == "before":
             raise PeerLost("a peer is gone before the vote")
         outcome = replace(OUTCOME, requests=self.requests(step))

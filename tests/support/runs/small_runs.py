@@ -132,8 +132,8 @@ def train_in(
     found = find_resume(path, run_config, resume, allow_change=tuple(allow_change))
     compute = Training.compute
 
-    def compute_and_die(self: Training, step: int, *at: Any) -> Any:
-        times = compute(self, step, *at)
+    def compute_and_die(self: Training, step: int, *at: Any, **only: Any) -> Any:
+        times = compute(self, step, *at, **only)
         if kill == (rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
         return times

@@ -16,7 +16,7 @@ from holdfast.elastic.history import MembershipHistory, RecordedChange
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import Minority, PeerLost, TooFewRanks
 from holdfast.parallel.plan import Plan, would_move_layers
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import Removal, RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.transition import BETWEEN_STEPS, WITHIN_STEP, plan_transition
 from holdfast.trainer.elastic.worker_status import (
@@ -108,6 +108,28 @@ def test_a_step_that_was_decided_here_alone_is_finished_by_the_recovery(config: 
     assert active[1].rates == [config.rate_of(2)]
     assert numbers(made.session) == [0, 1, 2, 3, 4, 5]
     assert made.session.changes[1].recovery.steps == 3
+
+
+def test_a_rank_that_has_not_gone_back_as_others_have_does_so_in_the_recovery(
+    config: RunConfig,
+) -> None:
+    """A rank is lost just as the run goes back from step 3 to step 1."""
+
+    def gone_back(status: WorkerStatus) -> WorkerStatus:
+        removals = (Removal(start=1, samples=[5]),)
+        return replace(status, rewinds=1, decided=1, updated=1, updates=1, removals=removals)
+
+    turn = Turn(lost(3), report=gone_back)
+    made = worker(config, [turn], session=FakeSession(lose_at={3: "before"}))
+    went: list[Any] = []
+    made.session.at_loss = lambda training: went.append(training)
+    made.loop.run()
+    assert numbers(made.session) == [0, 1, 2, 3, 1, 2, 3, 4, 5]
+    (here,) = went
+    assert here.config.data.without == [Removal(start=1, samples=[5])]
+    assert here.rates == []
+    recovery = made.session.changes[1].recovery
+    assert (recovery.steps, recovery.rewinds, recovery.updates) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("error", [PeerLost, DistNetworkError])  # of a rank, of the store
@@ -341,6 +363,8 @@ def test_a_status_survives_the_way_through_a_message_whose_keys_stay() -> None:
         outcome=OUTCOME,
         operations=("send",),
         connected=False,
+        rewinds=2,
+        removals=(Removal(start=3, samples=[5]),),
         trusted=False,
     )
     told = json.loads(json.dumps(status_to_data(status)))

@@ -26,9 +26,10 @@ def packed(rank: int, flags: int = 0, requests: Requests = NO_REQUESTS) -> torch
 def test_the_order_on_the_wire_stands() -> None:
     ballot = packed(0, OUT_OF_RANGE, Requests(stop=True, leave=True))
     assert ballot.dtype == torch.float64
-    assert ballot.tolist() == [1, 0, 8, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1]
+    assert ballot.tolist() == [1, 0, 8, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0]
     flags = ("nonfinite", "out_of_range")
-    assert (*flags, "save", "stop", "interrupt", "busy", "change", "filling", "leave") == MARKS
+    requests = ("save", "stop", "interrupt", "busy", "change", "filling", "leave", "rewind")
+    assert (*flags, *requests) == MARKS
 
 
 def test_every_request_has_a_slot() -> None:

@@ -162,3 +162,17 @@ def test_newcomers_are_held_to_the_terms_of_this_start_of_the_run(tmp_path: Path
     clock = FakeClock()
     with pytest.raises(MembershipError, match="belongs to an earlier start"):
         run_terms(tmp_path, 2, terms(), "second").require_admission(clock=clock, sleep=clock.sleep)
+
+
+def test_a_newcomer_need_not_know_which_samples_the_run_has_removed(tmp_path: Path) -> None:
+    """The ranks with state tell it; its configuration may be older, or newer, than the run's."""
+
+    def founded(rank: int, store: Store) -> None:
+        own = terms(data__without="[]")
+        run_terms(tmp_path, rank, own).compare(Generation(1, (member(0),)), PrefixStore("g", store))
+
+    Ranks().run(1, founded)
+    removed = terms(data__without='[{"samples": [5]}]')
+    run_terms(tmp_path, 2, removed).require_admission()
+    with pytest.raises(TermsDiffer):
+        run_terms(tmp_path, 2, terms(data__seed="7")).require_admission()

@@ -32,7 +32,7 @@ SliceLosses = dict[tuple[int, int], Tensor]
 float64[losses]."""
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
-REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
+REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave", "rewind")
 """The fields of `Requests`, each of which is a mark."""
 MARKS = (*FLAGS, *REQUESTS)
 """The order of the counts at the end of the tensor: the wire format of the vote."""

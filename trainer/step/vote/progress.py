@@ -38,6 +38,8 @@ class Requests:
     BackgroundTransfer."""
     leave: bool = False
     """Whether this rank leaves at the next change."""
+    rewind: bool = False
+    """Whether a person asks for steps to be taken back."""
 
 
 NO_REQUESTS = Requests()
@@ -156,6 +158,8 @@ class StepProgress:
     """Whether the last vote said that all state incoming under the active plan has arrived."""
     recent: RecentSteps = RecentSteps()
     """The last of the decided steps, as far as a guard of spikes remembers them."""
+    rewinds: int = 0
+    """How often this run has gone back to an earlier step, since its ranks began."""
 
     def decide(self, steps: int, outcome: Outcome, window: int) -> None:
         """Take the outcome of the last of `steps` steps, from a vote or from other ranks.

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.parallel.plan.coding.codes import (
+from holdfast.parallel.schedules.coding.codes import (
     AnyOf,
     Bursts,
     Code,
@@ -29,7 +29,7 @@ from holdfast.parallel.plan.coding.codes import (
     Returned,
     SelectiveRepetition,
 )
-from holdfast.parallel.plan.coding.delays import (
+from holdfast.parallel.schedules.coding.delays import (
     RoundTime,
     Slowness,
     coded_time,

@@ -65,7 +65,7 @@ class Fault:
     full, products are wrong or the process is slow, or by which a slow step is longer."""
     factor: Annotated[float, Meta(ge=1, le=1e6)] = 3.0
     """How many times as long everything takes ("throttle"), or what the processor computes in a
-    micro-batch ("slow-compute")."""
+    micro-batch ("slow-compute"; 1: what was slow is as usual again)."""
     incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
@@ -138,7 +138,9 @@ class _Slowdown:
         """The processor time of the training thread when its micro-batch began."""
 
     def add(self, seconds: float, factor: float) -> None:
-        """Have micro-batches take `factor` times as long, for some seconds."""
+        """Have micro-batches take `factor` times as long, for some seconds; 1: as usual again."""
+        if factor == 1:
+            self._until.clear()
         self._until.append((time.monotonic() + seconds, factor))
 
     def begin_step(self) -> None:

@@ -14,6 +14,9 @@ from holdfast.launch.agent.worker_slot import WorkerSlot
 
 logger = logging.getLogger("holdfast.agent")
 
+_STOPPED = 0.75
+"""The share of the time-out of heartbeats after which a stopped worker is looked at: before others
+miss it, so that what is found is part of the incident."""
 _STILL_S = 0.5
 """Seconds without a sign of life after which a worker is still."""
 _LATE_S = 0.25
@@ -39,7 +42,7 @@ class Guard:
         self.hangs = HangWatch(
             settings.node,
             settings.limits,
-            stopped_s=settings.membership.silence_s,
+            stopped_s=_STOPPED * settings.membership.silence_s,
             read=settings.read_record,
             clock=clock,
         )

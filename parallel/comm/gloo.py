@@ -34,6 +34,7 @@ from holdfast.parallel.comm.gloo_connection import (
     in_thread,
 )
 from holdfast.parallel.comm.gloo_messages import Message, Messages
+from holdfast.parallel.comm.gloo_waits import InterruptibleWait
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
 from holdfast.parallel.comm.tags import is_bulk
@@ -44,6 +45,22 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 20.0
 """Seconds for a TCP handshake between two present ranks; after that, one of them has given up."""
+
+
+class _Count:
+    """A question to the store, which is waited for as works of gloo are."""
+
+    def __init__(self, store: Store, name: str, amount: int) -> None:
+        self._store, self._name, self._amount = store, name, amount
+        self.value = 0
+        """The answer."""
+
+    def wait(self, timeout: timedelta) -> None:
+        self.value = self._store.add(self._name, self._amount)
+
+
+def _nothing(place: int) -> None:
+    """What is called before and after a question."""
 
 
 class GlooMesh:
@@ -76,6 +93,8 @@ class GlooMesh:
         self._lock = threading.Lock()
         self.closing: list[threading.Thread] = []
         """Threads that close connections; until one ends gloo may write to its receive buffers."""
+        self._asking: InterruptibleWait | None = None
+        """The wait for an answer of the store, which may be on a node that is cut off."""
         self._enter(signal)
 
     def _enter(self, signal: AbortSignal) -> None:
@@ -103,7 +122,15 @@ class GlooMesh:
 
     def count(self, name: str, amount: int) -> int:
         """See `Groups.count`."""
-        return self._counters.add(f"count/{self.signal.generation}/{name}", amount)
+        asked = _Count(self._counters, f"count/{self.signal.generation}/{name}", amount)
+        self._asking = InterruptibleWait([asked], self.timeout, _nothing, _nothing)
+        try:
+            self.signal.check()
+            self._asking.wait()
+        except RuntimeError:
+            self.signal.check()
+            raise
+        return asked.value
 
     def forget_count(self, name: str) -> None:
         """See `Groups.forget_count`."""
@@ -128,6 +155,8 @@ class GlooMesh:
         return gloo(rendezvous, int(self.rank > peer), 2, options)
 
     def _abort_busy(self, reason: str) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         with self._lock:
             connections = tuple(self._connections.values())
         for connection in connections:
@@ -157,7 +186,7 @@ class GlooMesh:
         if change.store is not None:
             self._shared_store = change.store
             self.__dict__.pop("_store", None)
-            self.__dict__.pop("_counters", None)
+        self.__dict__.pop("_counters", None)  # a wait that was cancelled may still use it
         handshakes: list[tuple[Connection, Handshake]] = []
         with self._lock:
             for (name, peer), connection in tuple(self._connections.items()):

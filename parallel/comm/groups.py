@@ -88,6 +88,7 @@ class Groups:
             name: the counter, which begins at 0.
         Raises:
             DistError: the store is gone.
+            PeerLost: the generation was aborted, also while the store did not answer.
         """
         assert self.mesh is not None, "MPI alone has no counters; set votes_over_gloo"
         return self.mesh.count(name, amount)

@@ -170,7 +170,7 @@ def train_and_list_samples(
 ) -> list[int]:
     """Train and return the global indices of the samples that this rank has computed."""
     from holdfast.parallel.pipeline import Passage
-    from holdfast.trainer.step.micro_batches import MicroBatches
+    from holdfast.trainer.step.micro_batches.contexts import MicroBatches
     from support.runs import small_runs
 
     seen: set[int] = set()

@@ -78,7 +78,7 @@ def test_an_example_is_a_command_line_that_is_understood(line: str) -> None:
         ("holdfast tr", ["train"]),
         ("holdfast train run.toml --np", ["--nproc"]),
         ("holdfast plan run.toml --set model.hi", ["model.hidden="]),
-        ("holdfast chaos run --fault sl", ["slow"]),
+        ("holdfast chaos run --fault sl", ["slow", "slow-compute"]),
         ("holdfast convert a b --to dc", ["dcp"]),
         ("holdfast train - --np", ["--nproc"]),
     ],

@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
-from holdfast.trainer.step.claims import Claims, leaves_it, shares_of
+from holdfast.trainer.step.micro_batches.claims import Claims, leaves_it, shares_of
 from support.runs.plans import small_layers
 
 

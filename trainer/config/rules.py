@@ -430,9 +430,9 @@ def _audits(config: RunConfig) -> Iterator[str]:
 
 def _claims(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    if config.elastic.micro_batches == "planned":
+    if not config.elastic.claims:
         return
-    said = "elastic.micro_batches = 'claimed'"
+    said = "elastic.claims = true"
     if config.numerics.reduction != "exact":
         yield (
             f"{said} with numerics.reduction = 'fast': only exact sums are the same whichever rank "

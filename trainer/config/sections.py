@@ -331,9 +331,9 @@ class ElasticConfig(Section, frozen=True):
     """Seconds without a part in the run after which a node ends."""
     respawn: bool = True
     verify_every: int = 100
-    micro_batches: Literal["planned", "claimed"] = "planned"
-    """How ranks come to their micro-batches: by the plan, or each claims the next when it is free,
-    so that a slow one computes fewer."""
+    claims: bool = False
+    """Whether each rank claims its next micro-batch when it is free, so that a slow one computes
+    fewer; else the plan divides them."""
     rewind: int = 0
     """The last steps that can be taken back from host memory; 0: none."""
     audit_every: int = 0

@@ -55,7 +55,7 @@ class Balance:
     def wants_change(self) -> bool:
         """Whether it was uneven for long enough, or as much was lost as a change costs."""
         uneven = self._uneven_steps >= self._elastic.expert_steps
-        return uneven or self._lost_s >= self._cost_s
+        return uneven or (self._lost_s > 0 and self._lost_s >= self._cost_s)
 
 
 def savings_s(training: Training) -> float:

@@ -53,7 +53,7 @@ from holdfast.trainer.terms import (
 )
 from holdfast.trainer.worlds import WorldInfo
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 logger = logging.getLogger("holdfast.checkpoint")
 
 _SETTLE_S = 0.2
@@ -172,7 +172,7 @@ class Checkpoints:
             rewind=self._is_first and self._can_rewind and self._run.rewind_request.exists(),
         )
 
-    def take_rewind(self, take: Callable[[Path], T]) -> T | None:
+    def take_rewind(self, take: Callable[[Path], _T]) -> _T | None:
         """What `take` reads of a person's request to take steps back, on the first rank."""
         return take(self._run.rewind_request) if self._is_first else None
 

@@ -23,9 +23,6 @@ from .evaluation import (
     open_validation as open_validation,
 )
 from .micro_batches import (
-    training_batch as training_batch,
-)
-from .partial_sums import (
     Included as Included,
     RankInputs as RankInputs,
     included_after_change as included_after_change,
@@ -35,6 +32,7 @@ from .partial_sums import (
     inputs_from_data as inputs_from_data,
     inputs_to_data as inputs_to_data,
     keeps_sums as keeps_sums,
+    training_batch as training_batch,
 )
 from .planning import (
     context_exchange as context_exchange,

@@ -16,7 +16,7 @@ from holdfast.parallel.pipeline import ExpertInputs, ExpertTeam, TokensKey
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.step.construction import ModelParts
-from holdfast.trainer.step.partial_sums import (
+from holdfast.trainer.step.micro_batches import (
     NOT_INTERRUPTED,
     Included,
     Inputs,

@@ -36,9 +36,8 @@ from holdfast.parallel.plan import Plan, evaluation_program, shards, training_pr
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import Removal, RunConfig, with_removals
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import experts_of, further_losses_of
+from holdfast.trainer.models import further_losses_of
 from holdfast.trainer.step.audit import StepAudits, WrongComputation, passes_through
-from holdfast.trainer.step.claims import Claims
 from holdfast.trainer.step.construction import (
     ModelParts,
     carried_model,
@@ -59,17 +58,20 @@ from holdfast.trainer.step.evaluation import (
 )
 from holdfast.trainer.step.history import StateHistory, live_state, restore
 from holdfast.trainer.step.in_flight import StepInFlight
-from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
+from holdfast.trainer.step.micro_batches import (
+    Claims,
+    Included,
+    Inputs,
+    MicroBatches,
+    RankInputs,
+    reads_batches,
+)
 from holdfast.trainer.step.offloading import open_offloader
-from holdfast.trainer.step.partial_sums import Included, Inputs, RankInputs
 from holdfast.trainer.step.programs import StepPrograms
 from holdfast.trainer.step.state_views import TrainingState, block_numbers
 from holdfast.trainer.step.vote import (
     NO_REQUESTS,
-    TIMES,
     AtPhase,
-    BallotFormat,
-    Logits,
     Losses,
     Notes,
     Outcome,
@@ -77,20 +79,14 @@ from holdfast.trainer.step.vote import (
     Requests,
     SliceLosses,
     StepProgress,
-    by_layer,
     by_slice,
     judged,
-    largest_of,
     loss_slots,
     micro_batch_work,
     no_hook,
-    packed,
-    place_of,
-    slowness_of,
-    times_of,
     usual_s,
-    words_of,
 )
+from holdfast.trainer.step.voting import StepVote, Told
 
 _NOT_KNOWN = 1 << 62
 """As the number of gradients that a parameter is offered: it is not known yet."""
@@ -138,8 +134,6 @@ class Training:
             self._validation = open_validation(config)
         self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = self._new_offloader() if before is None else before.offloader
-        self.rank_times: Mapping[int, RankTimes] = {}
-        """The times of all ranks, as the last vote that compared them told."""
         self._is_gathering = False
         """Whether parameters of the last update may be on their way to or from this rank."""
         self.model = self._model_after(before, initial=initial)
@@ -149,6 +143,7 @@ class Training:
         self.optimizer = self._optimizer_after(before, initial=initial)
         if self.model.layers is not None:
             self.model.layers.connect(plan, rank, groups.world)
+        self._voting = StepVote(config, plan, rank, self.optimizer, groups)
         self._fence: Fence | None = None
         """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
@@ -246,6 +241,11 @@ class Training:
         old = None if before is None else before._shadows
         copies = None if old is None else old.copies
         return new_shadows(self.config, plan, self.rank, self.device, copies)
+
+    @property
+    def rank_times(self) -> Mapping[int, RankTimes]:
+        """The times of all ranks, as the last vote that compared them told."""
+        return self._voting.rank_times
 
     @property
     def parameter_buffer(self) -> ParameterBuffer:
@@ -358,9 +358,8 @@ class Training:
 
     def _claims_in(self, step: int) -> bool:
         """Whether ranks claim the micro-batches of a step, and do not compute by the plan."""
-        asked = self.config.elastic.micro_batches == "claimed"
         planned = self._audits.is_due(step) or self._in_flight.resumes(step)
-        return asked and not planned
+        return self.config.elastic.claims and not planned
 
     def _compute_claimed(self, step: int, at: AtPhase) -> ActionTimes:
         """Compute what this rank claims. See `Claims`."""
@@ -548,45 +547,18 @@ class Training:
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
         kinds = 1 + further_losses_of(self.config.model)
-        slots = loss_slots(reported, self.step_micro_batches, self.slices.count, kinds)
-        notes = self._in_flight.reported_notes(self._micro_batches.notes)
-        layers, parameters, outputs = (), None, torch.empty(0, 0, dtype=torch.float64)
-        if self.config.log.has_norms(self._in_flight.step):
-            layers, parameters = self._block_layers, self.optimizer.parameter_squares()
-            place = place_of(self.plan, self.rank)
-            outputs = packed(notes.outputs, len(self.plan.layers) - 1, *place)
-        experts = (len(self.plan.layers), experts_of(self.config.model))
-        bit_sums = self._bit_sums() if self.config.log.has_digests(self._in_flight.step) else None
-        ballot = BallotFormat(
-            self.optimizer.slots,
-            len(slots),
-            layers,
-            experts,
-            (len(outputs), outputs.shape[1]),
-            kinds,
-            0 if bit_sums is None else len(self.plan.layers),
-            0 if times is None else self.plan.stage_replicas.size,
-        )
-        logits = self._largest_logits(notes.logits)
-        summed = ballot.pack(
+        told = Told(
+            self._in_flight.step,
             squares,
-            slots,
             flags,
-            requests,
-            parameters,
-            notes.loads,
-            outputs,
-            bit_sums,
-            None if times is None else self._row_of(times),
+            loss_slots(reported, self.step_micro_batches, self.slices.count, kinds),
+            self._in_flight.reported_notes(self._micro_batches.notes),
+            times,
         )
-        self.groups.control.all_reduce(summed).wait()
-        outcome = ballot.outcome(summed, self._micro_batches.predicted)
+        outcome = self._voting.outcome(told, requests, self._micro_batches.predicted)
         if times is not None:
-            self.rank_times = times_of(ballot.times(summed), self.plan.stage_replicas.ranks)
-            outcome = replace(outcome, slowness=slowness_of(self.plan, self.rank_times))
             own_work = micro_batch_work(self.plan, self.rank)
             self._claims.pace.of_all_s = usual_s(self.rank_times) * own_work
-        outcome = replace(outcome, logits=logits)
         outcome = judged(outcome, self.progress.recent, self.config.numerics)
         if not outcome.usable:
             before = self.progress.outcome
@@ -605,29 +577,6 @@ class Training:
         count, attended = self._micro_batches.computed()
         whole, linear = (micro_batch_work(self.plan, self.rank, share) for share in (1.0, 0.0))
         return linear * count + (whole - linear) * attended
-
-    def _row_of(self, times: RankTimes) -> Tensor:
-        ranks = self.plan.stage_replicas.ranks
-        rows = torch.zeros(len(ranks), TIMES, dtype=torch.float64)
-        rows[ranks.index(self.rank)] = torch.tensor([*times.phases, *times[1:]])
-        return rows
-
-    def _bit_sums(self) -> Tensor:
-        count = len(self.plan.layers)
-        with self.busy("compare"):
-            gradients = self.optimizer.bit_sums("gradients", count)
-            return words_of(gradients, self.optimizer.bit_sums("parameters", count))
-
-    def _largest_logits(self, noted: Logits) -> tuple[tuple[float, ...], ...]:
-        """The largest logit of each head, as of `Outcome.logits`. Collective over all ranks.
-
-        The largest of several is the same in any order, and one that is told twice counts once.
-        """
-        if not self.config.optimizer.qk_clip:
-            return ()
-        found = largest_of(noted, len(self.plan.layers), self.config.model.heads)
-        self.groups.control.all_reduce(found, "max").wait()
-        return by_layer(found)
 
     def apply(self, lr: float, at: AtPhase = no_hook) -> None:
         """D: update by owners, gather parameters. Collective over the replicas of a stage.
@@ -798,12 +747,6 @@ class Training:
         if self.model.layers is not None:
             self.model.layers.finish()
         return by_slice(self._reported_losses or {}, self.slices, self.plan.stretches)
-
-    @cached_property
-    def _block_layers(self) -> tuple[int, ...]:
-        """The layer of each block, by its slot."""
-        found = {self.optimizer.slot(b.key): b.layer for part in self.plan.blocks for b in part}
-        return tuple(found[slot] for slot in range(self.optimizer.slots))
 
     def parameter_digest(self) -> str:
         """SHA-256 over all parameters; see `digest.parameter_digest`. Collective over all ranks."""

@@ -15,6 +15,7 @@ import pytest
 
 from holdfast.trainer.reports import broken_links, read_digests
 from support.runs.commands import holdfast, lines_of
+from support.soak import only_in_soak
 
 STEPS = 16
 MOST_REPEATED = math.ceil(math.log2(STEPS)) + 1
@@ -132,6 +133,7 @@ def test_one_changed_token_is_named(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@only_in_soak
 def test_another_kernel_is_found_at_its_first_module(folder: Path) -> None:
     train(folder, "kernel", "--set", "train.compile=true", "--set", "parallel.data=2")
     found = bisected(folder, "kernel")

@@ -25,11 +25,12 @@ from holdfast.parallel.comm.timings.slow_links import SlowLink, slow_links
 from holdfast.parallel.comm.timings.window import joined, rows_of, table_of
 from holdfast.trainer.step.vote.slowness import waited_for
 from support.network.link_logs import Fault, Log, hung_records, simulated_log
+from support.soak import SOAKS
 
 FACTOR = 1.5
 RANKS = 16
 DRAWS = 200
-QUIET = 10_000
+QUIET = 10_000 if SOAKS else 1_500
 
 
 def links(log: Log) -> list[SlowLink]:

@@ -171,7 +171,7 @@ def test_what_tc_limits_is_what_is_named_when_links_are_tried(
     net: Network, ranks: Cluster, fault: str
 ) -> None:
     limit(net, fault)
-    results = ranks.run("parallel.comm.test_timings_network:try_links", RANKS, at=places(net))
+    results = ranks.run("test_timings_network:try_links", RANKS, at=places(net))
     for told, matrix in results:
         assert told == FAULTS[fault], matrix
         assert len(matrix) == RANKS * (RANKS - 1)
@@ -193,7 +193,7 @@ def test_a_link_that_is_cut_is_told_as_one_that_hangs(
     cut.start()
     try:
         results = ranks.run(
-            "parallel.comm.test_timings_network:exchange_until_cut",
+            "test_timings_network:exchange_until_cut",
             RANKS,
             at=places(net),
             begun=str(begun),
@@ -218,7 +218,7 @@ def test_a_run_names_the_rank_whose_sending_tc_limits(
 ) -> None:
     limit(net, "sender")
     ranks.run(
-        "parallel.comm.test_timings_network:train_here",
+        "test_timings_network:train_here",
         RANKS,
         at=places(net),
         root=str(tmp_path),

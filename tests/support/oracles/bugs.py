@@ -28,7 +28,7 @@ from holdfast.parallel.tensor_parallel.strips import WholeRows
 from holdfast.parallel.tensor_parallel.sums import tree_sum
 from holdfast.trainer.models.decoder import ends
 from holdfast.trainer.step import planning, training
-from holdfast.trainer.step.micro_batches import MicroBatches
+from holdfast.trainer.step.micro_batches.contexts import MicroBatches
 from holdfast.trainer.step.training import Training
 
 

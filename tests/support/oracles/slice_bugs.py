@@ -18,7 +18,7 @@ from holdfast.parallel.context_parallel.operators import ContextParallel
 from holdfast.parallel.pipeline import Passage
 from holdfast.trainer.models.decoder import attention, ends, norms, regions
 from holdfast.trainer.models.decoder.rotary import RotaryTables
-from holdfast.trainer.step.micro_batches import MicroBatches
+from holdfast.trainer.step.micro_batches.contexts import MicroBatches
 
 
 @contextmanager

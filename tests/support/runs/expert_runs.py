@@ -120,7 +120,7 @@ def hidden_at_the_head(
     from holdfast.trainer.config import convert_config
     from holdfast.trainer.models.decoder.ends import Head
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.step.micro_batches import MicroBatches
+    from holdfast.trainer.step.micro_batches.contexts import MicroBatches
     from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support.runs.commands import holdfast, lines_of
+from support.soak import in_soak, only_in_soak
 
 CONFIG = """
 [model]
@@ -67,10 +68,10 @@ def has_the_bits(folder: Path, out: str) -> bool:
 @pytest.mark.parametrize(
     ("layout", "rank"),
     [
-        (("parallel.data=3",), 0),
+        in_soak(("parallel.data=3",), 0),
         (("parallel.data=3", "parallel.pipeline=2", "parallel.schedule=zb-h1"), 3),
-        (("parallel.data=3", "parallel.pipeline=2", "parallel.virtual=2",
-          "parallel.schedule=interleaved-1f1b"), 4),
+        in_soak(("parallel.data=3", "parallel.pipeline=2", "parallel.virtual=2",
+                 "parallel.schedule=interleaved-1f1b"), 4),
         (("parallel.data=3", "parallel.pipeline=2", "parallel.stretches=2"), 1),
     ],
     ids=["first rank", "split backward", "interleaved", "stretches"],
@@ -95,6 +96,7 @@ def test_a_rank_that_computes_wrongly_is_named_and_left_out(
 
 
 @pytest.mark.chaos
+@only_in_soak
 def test_a_tensor_group_is_named_where_its_ranks_share_what_is_wrong(folder: Path) -> None:
     layout = ("parallel.data=3", "parallel.tensor=2", "elastic.enabled=true")
     done = train(folder, "tensor", *layout, sick(2, 1, 600))
@@ -144,6 +146,7 @@ def test_audits_go_on_after_a_loss_that_leaves_stages_uneven(folder: Path) -> No
 
 
 @pytest.mark.slow
+@only_in_soak
 def test_no_audit_of_sound_ranks_finds_anything(folder: Path) -> None:
     """Dropout, recompute, offload and saves beside it included."""
     layout = ("parallel.data=2", "parallel.pipeline=2", "train.recompute=full", "train.steps=5")

@@ -18,6 +18,7 @@ from holdfast.trainer.saves import Checkpoints
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import PATIENT_MS, Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
+from support.soak import only_in_soak
 
 pytestmark = [pytest.mark.mp]
 
@@ -199,6 +200,7 @@ def test_no_rank_is_lost_to_slow_saves_loads_evaluations_and_steps(
     assert not run.events("rank_lost")
 
 
+@only_in_soak
 def test_no_rank_is_lost_because_it_works_while_others_die_and_join(tmp_path: Path) -> None:
     start = Starter(tmp_path, before="test_busy_ranks:long_work")
     elastic: dict[str, Any] = {

@@ -16,6 +16,7 @@ from support.oracles.transformers_models import DEEPSEEK
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
+from support.soak import in_soak
 
 pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -85,7 +86,11 @@ SKEWED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("ranks", "respawn", "shard"),
-    [(8, True, "optimizer"), (4, False, "gradients"), (8, True, "parameters")],
+    [
+        in_soak(8, True, "optimizer"),
+        in_soak(4, False, "gradients"),
+        (8, True, "parameters"),
+    ],
     ids=["replaced", "two teams, not replaced", "replaced, sharded parameters"],
 )
 def test_three_of_eight_ranks_that_have_experts_alone_are_lost(
@@ -119,12 +124,12 @@ ONE_REPLICA_LESS: dict[str, Any] = {"respawn": False, "local_nodes": 4}
     [
         # Each rank has 2 of 8 micro-batches, and 4 of 16 experts alone.
         ({}, {"data": 4, "expert": 4}, {}, 2),
-        ({}, {"data": 4, "expert": 4}, {"expert_inputs_gib": 0}, 8),
+        in_soak({}, {"data": 4, "expert": 4}, {"expert_inputs_gib": 0}, 8),
         # Room for one micro-batch of a rank: 4 KiB of tokens, and of gradients, in two layers.
         ({}, {"data": 4, "expert": 4}, {"expert_inputs_gib": 24 * 2**-20}, 5),
         # A slice's tokens lie on two ranks; a replica that loses one of them computes anew.
-        ({}, {"data": 2, "tensor": 2, "expert": 4}, {}, 4),
-        (
+        in_soak({}, {"data": 2, "tensor": 2, "expert": 4}, {}, 4),
+        in_soak(
             {"train": {"context_chunks": 2, "recompute": "full", "precision": "bf16"}},
             {"data": 2, "context": 2, "expert": 4, "schedule": "zb-h1"},
             {},
@@ -195,7 +200,7 @@ def test_copies_follow_the_loads_while_a_rank_is_killed(start: Starter, cluster:
     assert max(map(len, final)) > 1
 
 
-@pytest.mark.parametrize("respawn", [True, False], ids=["replaced", "not replaced"])
+@pytest.mark.parametrize("respawn", [in_soak(True), False], ids=["replaced", "not replaced"])
 def test_three_of_eight_ranks_with_experts_are_lost(
     start: Starter,
     alone: dict[str, Any],

@@ -16,13 +16,21 @@ TRAIN = {"steps": 5, "global_batch": 12}
 SHALLOW = {"layers": 2}
 LAST = 5
 RELIEVED = {"slow_ranks": "relieve", "straggler_every": 1, "respawn": False}
-CLAIMED = {"micro_batches": "claimed", "respawn": False}
+CLAIMED = {"claims": True, "respawn": False}
 
 
-def slowly(ranks: int, slow: int, step: int = 2, seconds: float = 60.0) -> list[dict[str, Any]]:
-    """All ranks take their time, as if they had devices of their own, and one of them much more."""
-    usual = [fault("slow-compute", rank, 1, seconds=600.0, factor=8.0) for rank in range(ranks)]
-    return [*usual, fault("slow-compute", slow, step, seconds=seconds, factor=60.0)]
+def slowly(ranks: int, slow: int, until: int = 0) -> list[dict[str, Any]]:
+    """All ranks take their time, as if they had devices of their own, and one of them much more.
+
+    Args:
+        until: the step in which it is well again; 0: it never is.
+    """
+
+    def lasting(rank: int, step: int, factor: float) -> dict[str, Any]:
+        return fault("slow-compute", rank, step, seconds=600.0, factor=factor)
+
+    found = [*(lasting(rank, 1, 8.0) for rank in range(ranks)), lasting(slow, 2, 60.0)]
+    return [*found, lasting(slow, until, 1.0), lasting(slow, until, 8.0)] if until else found
 
 
 def computed(run: ElasticRun, step: int) -> dict[int, set[int]]:
@@ -71,7 +79,7 @@ def test_micro_batches_are_divided_by_speed_and_evenly_again(
     start: Starter, undisturbed: Undisturbed
 ) -> None:
     sections = {"train": {"steps": 30, "global_batch": 12}, "model": SHALLOW}
-    elastic = {**RELIEVED, "chaos": slowly(4, slow=1, seconds=5.0)}
+    elastic = {**RELIEVED, "chaos": slowly(4, slow=1, until=12)}
     run = start(**sections, parallel={"data": 4}, elastic=elastic)
     assert run.finish() == 0, run.output()
     assert run.bits() == undisturbed(**sections)

@@ -17,13 +17,15 @@ from holdfast.trainer.reports.stragglers import PhaseClock
 from holdfast.trainer.step.vote.slowness import (
     RankTimes,
     find_stragglers,
+    further_work,
     lasting,
     others_wait_for,
     slowness_of,
     waited_for,
+    with_loads,
     work_of,
 )
-from support.runs.plans import small_layers
+from support.runs.plans import first_plan, small_layers
 
 
 def plan_of(data: int, pipeline: int, tensor: int = 1) -> Plan:
@@ -181,3 +183,19 @@ def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> Non
         found = clock.compare(training, 2.0)
         reported.append([(s.rank, s.phase, round(s.own_s, 6)) for s in found])
     assert reported == [[], [], [], [(0, "compute", 9.3)], []]
+
+
+def test_a_rank_with_sought_after_experts_is_not_slow() -> None:
+    plan = first_plan(data=4, pipeline=1, count=8, experts=8, expert_ranks=4)
+    loads = [[0] * 8 for _ in plan.layers]
+    for layer in range(len(plan.layers)):
+        if plan.hosts(layer):
+            loads[layer] = [144 if 3 in ranks else 16 for ranks in plan.hosts(layer)]
+    times = {}
+    for rank in range(4):
+        operations = work_of(plan, rank) + further_work(plan, rank, loads)
+        times[rank] = RankTimes((1e-6 * operations, 0.1, 0.0, 0.1), work_of(plan, rank))
+    assert sum(further_work(plan, rank, loads) for rank in range(4)) == pytest.approx(0.0)
+    assert [rank for rank, _ in slowness_of(plan, times)] == [3], "the case needs an uneven load"
+    assert slowness_of(plan, with_loads(plan, times, loads)) == ()
+    assert find_stragglers(plan, with_loads(plan, times, loads), 1.2) == []

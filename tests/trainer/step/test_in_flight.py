@@ -20,7 +20,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.config.loading import convert_config
 from holdfast.trainer.step.construction import ModelParts, new_chunks
 from holdfast.trainer.step.in_flight import StepInFlight
-from holdfast.trainer.step.partial_sums import keeps_sums
+from holdfast.trainer.step.micro_batches.partial_sums import keeps_sums
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.vote.ballot import by_slice
 

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.parallel.layout import SharePlace, contributing_parts
 from holdfast.parallel.plan import Plan, Roster, replan
-from holdfast.trainer.step.partial_sums import (
+from holdfast.trainer.step.micro_batches.partial_sums import (
     Included,
     InterruptedStep,
     RankInputs,

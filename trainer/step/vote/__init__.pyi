@@ -36,6 +36,7 @@ from .slowness import (
     times_of as times_of,
     usual_s as usual_s,
     wants_probe as wants_probe,
+    with_loads as with_loads,
 )
 from .spikes import (
     judged as judged,

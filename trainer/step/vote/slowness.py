@@ -112,6 +112,45 @@ def work_of(plan: Plan, rank: int) -> float:
     return micro_batch_work(plan, rank) * len(plan.micro_batches_of(at.pipeline, at.data))
 
 
+def with_loads(
+    plan: Plan, times: Mapping[int, RankTimes], loads: Sequence[Sequence[int]]
+) -> Mapping[int, RankTimes]:
+    """The times with the work of ranks that have experts with more or fewer choices than others.
+
+    Args:
+        loads: by layer, the choices of each expert in a step; empty: there are no experts.
+    """
+    if not (plan.spreads_experts and loads):
+        return times
+    return {
+        rank: own._replace(work=own.work + further_work(plan, rank, loads)) if own.work else own
+        for rank, own in times.items()
+    }
+
+
+def further_work(plan: Plan, rank: int, loads: Sequence[Sequence[int]]) -> float:
+    """The operations of a rank's experts in a step beyond those of an even load; may be negative.
+
+    Args:
+        loads: as of `with_loads`.
+    """
+    at = plan.stage_replicas.find(rank)
+    if at is None:
+        return 0.0
+    team, teams = frozenset(plan.team_of_rank(rank)), len(plan.teams(at.pipeline))
+    found = 0.0
+    for layer in plan.layers_at(rank):
+        experts = plan.experts_of(rank, layer)
+        if not experts:
+            continue
+        table, hosts = plan.layers[layer].parameters[0], plan.hosts(layer)
+        per_choice = 2.0 * sum(spec.elements for spec in table if spec.expert == 0)
+        choices = loads[layer][: len(hosts)]
+        own = sum(choices[e] / len(team.intersection(hosts[e])) for e in experts)
+        found += per_choice * (own - sum(choices) / len(team)) / teams
+    return found
+
+
 def find_stragglers(plan: Plan, times: Mapping[int, RankTimes], factor: float) -> list[Straggler]:
     """The ranks above `factor` times the usual time of their work, and of many ranks those that the
     others wait for; slowest first.

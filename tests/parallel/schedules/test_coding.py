@@ -9,7 +9,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from holdfast.parallel.plan.coding.codes import (
+from holdfast.parallel.schedules.coding.codes import (
     AnyOf,
     Bursts,
     Code,
@@ -19,7 +19,7 @@ from holdfast.parallel.plan.coding.codes import (
     SelectiveRepetition,
     least_load,
 )
-from holdfast.parallel.plan.coding.delays import (
+from holdfast.parallel.schedules.coding.delays import (
     RoundTime,
     coded_time,
     gilbert_elliott,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.parallel.plan.coding.codes import Code, Returned
+from holdfast.parallel.schedules.coding.codes import Code, Returned
 
 Slowness = NDArray[np.float64]
 """float64[rounds, workers]: by how much a worker is slower than its load and fixed time say."""

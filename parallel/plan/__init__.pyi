@@ -43,6 +43,7 @@ from .ownership import (
 from .plan import (
     Plan as Plan,
     Shard as Shard,
+    Slowness as Slowness,
     block_box as block_box,
 )
 from .programs import (
@@ -77,5 +78,5 @@ from .sharding import (
     use_order as use_order,
 )
 from .speeds import (
-    longest_s as longest_s,
+    makespan as makespan,
 )

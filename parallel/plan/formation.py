@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from holdfast.parallel.errors import TooFewRanks
 from holdfast.parallel.layout import Mesh, StageReplica, StageReplicas
 from holdfast.parallel.plan.initial import micro_batch_counts
-from holdfast.parallel.plan.plan import Plan, Shard
+from holdfast.parallel.plan.plan import Plan, Shard, Slowness
 from holdfast.parallel.plan.speeds import capacities
 
 _Stages = list[list[StageReplica]]
@@ -33,7 +33,7 @@ class Roster:
     """The ranks among them that hold no state yet."""
     loads: tuple[tuple[int, ...], ...] = ()
     """By layer, the choices of each expert in the last steps; empty: not known."""
-    slowness: tuple[tuple[int, int], ...] = ()
+    slowness: Slowness = ()
     """The slow ranks, as of `Plan.slowness`."""
     has_room: Callable[[Plan, int], bool] | None = None
     """Whether a rank's memory suffices for its part in a plan; None: it does. Asked only of ranks

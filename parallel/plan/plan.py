@@ -81,6 +81,10 @@ DERIVED_FROM: Mapping[str, frozenset[str]] = {
 exactly where none of these change."""
 
 
+Slowness = tuple[tuple[int, int], ...]
+"""(rank, the hundredths of the usual time that it takes for its work), of slow ranks, ascending."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The plan of a generation: everything that follows from live ranks, model and batch.
@@ -127,9 +131,8 @@ class Plan:
     expert_slots: int = 0
     """The experts of a layer that a rank has at most, where copies follow the loads; 0: they do
     not."""
-    slowness: tuple[tuple[int, int], ...] = ()
-    """(rank, the hundredths of the usual time that it takes for its work), of slow ranks; see
-    speeds.py."""
+    slowness: Slowness = ()
+    """That for which micro-batches are divided; see speeds.py."""
     given_hosts: tuple[Hosts, ...] | None = None
     """By layer, the ranks of each expert if they follow from the plan before; None: the first
     placement. See expert_hosts.py."""

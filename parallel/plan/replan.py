@@ -36,9 +36,9 @@ from holdfast.parallel.plan.initial import (
     split_micro_batches,
 )
 from holdfast.parallel.plan.ownership import Together, assign_owners, by_block
-from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
+from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan, Slowness
 from holdfast.parallel.plan.shadow_placement import assign_shadows
-from holdfast.parallel.plan.speeds import Slowness, capacities
+from holdfast.parallel.plan.speeds import capacities
 from holdfast.parallel.schedules import placement
 
 _UNEVEN = 1.1

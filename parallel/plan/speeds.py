@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.parallel.layout import StageReplica
-from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.plan import Plan, Slowness
 
-Slowness = tuple[tuple[int, int], ...]
-"""(rank, the hundredths of the usual time that it takes for its work), of slow ranks, ascending."""
 USUAL = 100
 _PER_RANK = 9600
 """The capacity of a rank that is not slow: a number with many divisors."""
@@ -39,12 +37,13 @@ def usual_ranks(stage: Sequence[StageReplica], slowness: Slowness) -> tuple[floa
     return tuple(found / _PER_RANK for found in capacities(stage, slowness))
 
 
-def longest_s(plan: Plan, slowness: Slowness, unit_s: float = 1.0) -> float:
-    """The time in which the last stage replica has computed its micro-batches of a step.
+def makespan(plan: Plan, slowness: Slowness) -> float:
+    """When the last stage replica has computed its micro-batches of a step.
+
+    The unit is the time that a usual rank takes for a whole micro-batch of the model.
 
     Args:
         slowness: of ranks as they are, whatever the plan was made for.
-        unit_s: the time that a usual rank takes for a whole micro-batch of the model.
     """
     flops = [float(layer.forward_flops) for layer in plan.layers]
     total, whole = max(1.0, sum(flops)), plan.configured_mesh.shards
@@ -55,4 +54,4 @@ def longest_s(plan: Plan, slowness: Slowness, unit_s: float = 1.0) -> float:
         for number, held in enumerate(replicas):
             count = len(plan.micro_batches_of(stage, number))
             found = max(found, count * share * whole * _PER_RANK / capacity(held, slowness))
-    return found * unit_s
+    return found

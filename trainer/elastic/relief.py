@@ -6,7 +6,7 @@ much is lost as with knowledge of the future (the ski rental problem, Karlin et 
 
 from __future__ import annotations
 
-from holdfast.parallel.plan import longest_s, relieved, would_move_experts
+from holdfast.parallel.plan import makespan, relieved, would_move_experts
 from holdfast.trainer.config import ElasticConfig
 from holdfast.trainer.step import Training, lasting, usual_s
 
@@ -64,7 +64,7 @@ def savings_s(training: Training) -> float:
     slowness = lasting(training.progress.recent.slowness)
     if slowness == plan.slowness or plan.incoming or plan.spreads_experts:
         return 0.0
-    now, then = longest_s(plan, slowness), longest_s(relieved(plan, slowness), slowness)
+    now, then = makespan(plan, slowness), makespan(relieved(plan, slowness), slowness)
     if then > (1 - _WORTH) * now:
         return 0.0
     whole = sum(layer.forward_flops for layer in plan.layers)

@@ -238,22 +238,26 @@ class Reporter:
             drive_tbw=self._training.config.offload.drive_tbw,
         )
 
+    def _tell(self, name: str, message: str, **fields: Any) -> None:
+        """Record an event with a message, and show that."""
+        self._records.event(name, **fields, message=message)
+        self._note(message)
+
     def straggler(self, step: int, slow: Straggler) -> None:
         """Report a rank that is slower than others with the same work."""
         message = (
             f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
             f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
         )
-        self._records.event(
+        self._tell(
             "straggler",
+            message,
             step=step,
             rank=slow.rank,
             phase=slow.phase,
             own_s=slow.own_s,
             usual_s=slow.usual_s,
-            message=message,
         )
-        self._note(message)
 
     def slow_link(self, step: int, slow: SlowLink) -> None:
         """Report a part of the network that is slower than others of its kind."""
@@ -261,30 +265,28 @@ class Reporter:
             f"{slow.place} is slow: messages take {slow.ratio:.1f} times as long as usual, "
             f"{slow.excess_s:.3f} s more a step"
         )
-        self._records.event(
+        self._tell(
             "slow_link",
+            message,
             step=step,
             side=slow.side,
             source=slow.source,
             destination=slow.destination,
             ratio=slow.ratio,
             excess_s=slow.excess_s,
-            message=message,
         )
-        self._note(message)
 
     def computes_wrongly(self, step: int, wrong: WrongComputation) -> None:
         """Record and show that an audit of a step, counted from 1, has found wrong results."""
-        self._records.event(
+        self._tell(
             "wrong_computation",
+            str(wrong),
             step=step,
             micro_batch=wrong.micro_batch,
             ranks=wrong.ranks,
             decided=wrong.decided,
             what=wrong.what,
-            message=str(wrong),
         )
-        self._note(str(wrong))
 
     def skipped(self, step: int, outcome: Outcome, reason: str) -> None:
         """Record and show a step, counted from 0, that was not applied."""
@@ -320,8 +322,7 @@ class Reporter:
             request: the name of a person's request; empty: there is none.
         """
         of = {"request": request} if request else {}
-        self._records.event("not_rewound", step=step, **of, message=message)
-        self._note(message)
+        self._tell("not_rewound", message, step=step, **of)
 
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
         """Record and show where the run continues from."""

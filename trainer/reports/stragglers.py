@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 
@@ -11,15 +12,19 @@ from holdfast.parallel.schedules import TIMED_PHASES
 from holdfast.trainer.reports.slow_links import LinkClock
 from holdfast.trainer.step import RankTimes, Straggler, Training, find_stragglers
 
+_REMEMBERED = 1024
+"""The newest steps that are compared at most, also where none ever are."""
+
 
 class PhaseClock:
     """The own time of one rank by phase since the last comparison. Local."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
-        self._phases: list[list[float]] = [[] for _ in TIMED_PHASES]
-        """By phase, the own seconds of each step."""
-        self._work = 0.0
+        self._phases = [deque[float](maxlen=_REMEMBERED) for _ in TIMED_PHASES]
+        """By phase, the own seconds of the newest steps."""
+        self._work = deque[float](maxlen=_REMEMBERED)
+        self._steps = 0
         self._mark = (0.0, 0.0)
         self._blocked_s = 0.0
         """What the recorder says at the begin of the first step."""
@@ -30,8 +35,9 @@ class PhaseClock:
     def start(self, training: Training) -> None:
         """Begin a step."""
         self._mark = (self._clock(), training.groups.recorder.blocked_s)
-        if not self._phases[0]:
+        if not self._steps:
             self._blocked_s = training.groups.recorder.blocked_s
+        self._steps += 1
         self.links.start(training)
 
     def end(self, training: Training, phase: int) -> None:
@@ -40,7 +46,7 @@ class PhaseClock:
         own_s = max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._phases[phase].append(own_s)
         if TIMED_PHASES[phase] == "compute":
-            self._work += training.work_done()
+            self._work.append(training.work_done())
         self._mark = (now, blocked_s)
 
     def times(self, training: Training, probe_s: float = 0.0) -> RankTimes:
@@ -49,14 +55,15 @@ class PhaseClock:
         Args:
             probe_s: as of `RankTimes`.
         """
-        steps = max(1, len(self._phases[0]))
         means = tuple(sum(own) / max(1, len(own)) for own in self._phases)
         own_s = [sum(phases) for phases in zip(*self._phases, strict=False)]
         noise_s = statistics.stdev(own_s) / len(own_s) ** 0.5 if len(own_s) > 1 else math.inf
-        waited_s = (training.groups.recorder.blocked_s - self._blocked_s) / steps
-        found = RankTimes(means, self._work / steps, probe_s, noise_s, waited_s)
-        self._phases, self._work = [[] for _ in TIMED_PHASES], 0.0
-        return found
+        waited_s = (training.groups.recorder.blocked_s - self._blocked_s) / max(1, self._steps)
+        work = sum(self._work) / max(1, len(self._work))
+        for noted in (*self._phases, self._work):
+            noted.clear()
+        self._steps = 0
+        return RankTimes(means, work, probe_s, noise_s, waited_s)
 
     def compare(self, training: Training, factor: float) -> list[Straggler]:
         """The slow ranks to report after a step whose vote told the times of all ranks. Local.

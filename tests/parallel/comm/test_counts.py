@@ -22,11 +22,11 @@ from holdfast.parallel.errors import PeerLost
 pytestmark = [pytest.mark.mp]
 
 HOST = """
-import sys, time
+import sys
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
 print("ready", flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
 
 
@@ -37,7 +37,10 @@ def host() -> Iterator[tuple[subprocess.Popen[str], int]]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", HOST, str(port)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOST, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.layout.mesh import AXES, Mesh
 from holdfast.parallel.plan.initial import make_plan
-from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.plan import Plan, Slowness
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import relieved
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
-from holdfast.parallel.plan.speeds import Slowness, longest_s
+from holdfast.parallel.plan.speeds import makespan
 from holdfast.parallel.schedules import Op, check_programs
 from support.runs.plans import small_layers
 
@@ -50,7 +50,7 @@ def test_every_stage_computes_every_micro_batch_once_and_no_later(
         shares = [found.micro_batches_of(stage, replica) for replica in replicas]
         assert sorted(itertools.chain(*shares)) == list(range(MICRO_BATCHES))
         assert all(shares), "a replica without work is set aside"
-    assert longest_s(found, slowness) <= longest_s(plan, slowness)
+    assert makespan(found, slowness) <= makespan(plan, slowness)
     assert found.stage_replicas.ranks == plan.stage_replicas.ranks
     assert plan_from_data(plan, plan_to_data(found)).micro_batches == found.micro_batches
     assert plan_from_data(plan, plan_to_data(found)).assignment == found.assignment
@@ -74,7 +74,7 @@ def test_the_time_is_the_least_that_whole_micro_batches_allow(slow: Slowness, co
     # The least time T in which the ranks together can end them all, tried one after another.
     ends = sorted({n * t for t in times for n in range(1, count + 1)})
     least = next(end for end in ends if sum(end // t for t in times) >= count)
-    assert round(100 * longest_s(relieved(plan, slow), slow)) == least
+    assert round(100 * makespan(relieved(plan, slow), slow)) == least
 
 
 def test_ranks_that_are_well_again_get_the_plan_of_the_configuration() -> None:

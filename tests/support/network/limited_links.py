@@ -9,27 +9,14 @@ from support.network.elastic_network import Network
 
 def limit_node(net: Network, node: str, mbit: int) -> None:
     """Limit what a node sends and receives, to and from all others."""
-    for place, device in ((node, "eth0"), ("hub", node)):
-        _tc(net, place, f"qdisc replace dev {device} root tbf {_bucket(mbit)}")
+    limit_sending(net, node, mbit)
+    limit_receiving(net, node, mbit)
 
 
 def limit_link(net: Network, ends: str, mbit: int, others_mbit: int) -> None:
     """Limit what two nodes send to each other; what they send elsewhere has another limit."""
     for node, other in (ends, ends[::-1]):
-        to = f"{net.address(other)}/32"
-        _tc(net, node, "qdisc replace dev eth0 root handle 1: htb default 10 r2q 1000")
-        for number, rate in ((10, others_mbit), (20, mbit)):
-            _tc(
-                net,
-                node,
-                f"class add dev eth0 parent 1: classid 1:{number} htb rate {rate}mbit "
-                "burst 70000 cburst 70000",
-            )
-        _tc(
-            net,
-            node,
-            f"filter add dev eth0 parent 1: protocol ip u32 match ip dst {to} flowid 1:20",
-        )
+        limit_direction(net, node, other, mbit, others_mbit)
 
 
 def _bucket(mbit: int) -> str:

@@ -199,3 +199,19 @@ def test_a_rank_with_sought_after_experts_is_not_slow() -> None:
     assert [rank for rank, _ in slowness_of(plan, times)] == [3], "the case needs an uneven load"
     assert slowness_of(plan, with_loads(plan, times, loads)) == ()
     assert find_stragglers(plan, with_loads(plan, times, loads), 1.2) == []
+
+
+def test_a_clock_that_is_never_asked_keeps_the_newest_steps_alone() -> None:
+    recorder = SimpleNamespace(blocked_s=0.0, begin_window=lambda: 0)
+    groups = SimpleNamespace(recorder=recorder)
+    training: Any = SimpleNamespace(groups=groups, work_done=lambda: 2.0)
+    now = 0.0
+    clock = PhaseClock(clock=lambda: now)
+    for step in range(3000):
+        clock.start(training)
+        for phase in range(len(TIMED_PHASES)):
+            now += 1.0 if step < 1000 else 3.0
+            clock.end(training, phase)
+    assert max(map(len, clock._phases)) <= 1024
+    told = clock.times(training)
+    assert (told.phases, told.work) == ((3.0,) * len(TIMED_PHASES), 2.0)

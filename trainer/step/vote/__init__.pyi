@@ -27,7 +27,6 @@ from .progress import (
 from .slowness import (
     TIMES as TIMES,
     RankTimes as RankTimes,
-    Slowness as Slowness,
     Straggler as Straggler,
     find_stragglers as find_stragglers,
     lasting as lasting,

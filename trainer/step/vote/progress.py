@@ -7,8 +7,8 @@ from typing import Annotated, Protocol
 
 from msgspec import Meta
 
+from holdfast.parallel.plan import Slowness
 from holdfast.parallel.schedules import StepPhase
-from holdfast.trainer.step.vote.slowness import Slowness
 
 _Numbers = Annotated[tuple[float, ...], Meta(max_length=4096)]
 _Loads = tuple[tuple[int, ...], ...]

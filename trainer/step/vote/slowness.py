@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, Slowness
 from holdfast.parallel.schedules import TIMED_PHASES, StepPhase
 
 _PEERS = 3
@@ -34,9 +34,6 @@ _WELL = 1.5
 so its time is less certain."""
 _STEPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 """How slow a rank may be said to be: few values, so that noise does not change a plan."""
-
-Slowness = tuple[tuple[int, int], ...]
-"""(rank, the hundredths of the usual time that it takes for the same work), of slow ranks."""
 
 
 class RankTimes(NamedTuple):
